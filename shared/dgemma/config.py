@@ -1,0 +1,377 @@
+"""What a checkpoint's config.json and generation_config.json say, as frozen dataclasses.
+
+The Hugging Face dictionaries are read in this module and nowhere else. The reference's class defaults
+differ from the released values, so a missing key is an error and never a default: a wrong window or
+head size would still produce text, only worse. The two published spellings of the full-attention
+geometry (`global_head_dim` and `per_layer_config`) are both accepted, also side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+MODEL_TYPE = "diffusion_gemma"
+SLIDING, FULL = "sliding_attention", "full_attention"
+# No size of a model comes near it, and arithmetic on larger integers of a broken file would overflow.
+MAX_SIZE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Attention geometry of one layer.
+
+    `window` is None on full layers. `rope_pairs` of the `head_dim / 2` frequency pairs rotate; the
+    exponents run over the whole head (model.md: "proportional"). `shares_kv`: V is the raw k_proj output.
+    """
+
+    kind: str
+    head_dim: int
+    kv_heads: int
+    window: int | None
+    rope_theta: float
+    rope_pairs: int
+    rope_factor: float
+    shares_kv: bool
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower: enough for its parameter table; the tower itself is not run yet."""
+
+    hidden_size: int
+    mlp_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    patch_size: int
+    positions: int
+    standardize: bool
+    soft_tokens: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Geometry of a DiffusionGemma checkpoint. Letters in comments elsewhere: D, V, H, E, K, F, M."""
+
+    hidden_size: int  # D
+    vocab_size: int  # V
+    heads: int  # H
+    mlp_size: int  # F
+    num_experts: int  # E
+    top_k: int  # K
+    expert_size: int  # M
+    canvas_length: int
+    max_positions: int
+    softcap: float
+    rms_eps: float
+    attention_bias: bool
+    pad_id: int
+    image_token_id: int | None
+    layers: tuple[LayerConfig, ...]
+    vision: VisionConfig | None
+    quantization: Mapping[str, Any] | None  # the raw announcement, if any
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window of the sliding layers, or None when there are none."""
+        return next((layer.window for layer in self.layers if layer.window), None)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampler and stopping numbers of generation_config.json (model.md: "The sampler, exactly")."""
+
+    steps: int  # N, denoising steps a canvas at most
+    t_max: float
+    t_min: float
+    entropy_bound: float  # nats
+    stability: int  # argmax canvas unchanged for so many steps
+    confidence: float  # nats, mean entropy
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+    def override(self, **changes: Any) -> GenerationConfig:
+        """A copy with the given fields changed (None means unchanged), checked."""
+        known = {f.name for f in fields(self)}
+        if unknown := set(changes) - known:
+            raise ConfigError(
+                f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})._checked()
+
+    def _checked(self) -> GenerationConfig:
+        rules = {
+            "steps must be at least 1": self.steps >= 1,
+            "t_min must be above 0": self.t_min > 0,
+            "t_max must not be below t_min": self.t_max >= self.t_min,
+            "entropy_bound must not be negative": self.entropy_bound >= 0,
+            "stability must not be negative": self.stability >= 0,
+            "confidence must be above 0": self.confidence > 0,
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ConfigError(rule)
+        return self
+
+
+class _Reader:
+    """Typed access to a dictionary of a file, with errors that name the file and the key."""
+
+    def __init__(self, data: Any, where: str):
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: expected a JSON object, found {type(data).__name__}")
+        self.data, self.where = data, where
+
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        """The value of `key`; `kind` is checked, bool is never taken for a number."""
+        if key not in self.data:
+            if default is ...:
+                raise ConfigError(f"{self.where}: missing key {key!r}")
+            return default
+        value = self.data[key]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
+            raise self.unusable(key)
+        return value
+
+    def unusable(self, key: str) -> ConfigError:
+        """The error for a value of `key` that makes no sense; a long value is cut."""
+        return ConfigError(f"{self.where}: {key!r} has the unusable value {reprlib.repr(self.data[key])}")
+
+    def size(self, key: str, most: int = MAX_SIZE) -> int:
+        """A positive integer."""
+        value = self.get(key, int)
+        if not 1 <= value <= most:
+            raise self.unusable(key)
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        """A finite number: JSON as Python reads it has NaN and Infinity too."""
+        value = self.get(key, (int, float), default)
+        if not abs(value) < 1e30:
+            raise self.unusable(key)
+        return float(value)
+
+    def positive(self, key: str, default: Any = ...) -> float:
+        """A finite number above 0."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.unusable(key)
+        return value
+
+    def optional(self, key: str) -> Any:
+        """The object at `key`, or None where it is missing, null or empty."""
+        return self.get(key, (Mapping, type(None)), None) or None
+
+    def sub(self, key: str) -> _Reader:
+        return _Reader(self.get(key, Mapping), f"{self.where}: {key}")
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ConfigError in one line when there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return data
+
+
+def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
+    """Config from the dictionary of config.json; ConfigError names `where` and the key."""
+    top = _Reader(data, where)
+    if (model_type := top.get("model_type", str)) != MODEL_TYPE:
+        raise ConfigError(
+            f"{where}: model_type is {reprlib.repr(model_type)}; this program runs {MODEL_TYPE!r}"
+        )
+    text = top.sub("text_config")
+    _check_variants(top, text)
+    heads = text.size("num_attention_heads")
+    config = Config(
+        hidden_size=text.size("hidden_size"),
+        vocab_size=text.size("vocab_size"),
+        heads=heads,
+        mlp_size=text.size("intermediate_size"),
+        num_experts=text.size("num_experts"),
+        top_k=text.size("top_k_experts"),
+        expert_size=text.size("moe_intermediate_size"),
+        canvas_length=top.size("canvas_length"),
+        max_positions=text.size("max_position_embeddings"),
+        softcap=text.positive("final_logit_softcapping"),
+        rms_eps=text.positive("rms_norm_eps"),
+        attention_bias=text.get("attention_bias", bool),
+        pad_id=text.get("pad_token_id", int, 0),
+        image_token_id=top.get("image_token_id", (int, type(None)), None),
+        layers=_layers(text, heads),
+        vision=_vision(top),
+        quantization=top.optional("quantization") or top.optional("quantization_config"),
+    )
+    if config.top_k > config.num_experts:
+        raise ConfigError(
+            f"{text.where}: top_k_experts {config.top_k} exceeds num_experts {config.num_experts}"
+        )
+    if not 0 <= config.pad_id < config.vocab_size:
+        raise text.unusable("pad_token_id")
+    return config
+
+
+def _check_variants(top: _Reader, text: _Reader) -> None:
+    """Refuse what the reference can be configured to do and this program cannot."""
+    if text.get("hidden_activation", str) != "gelu_pytorch_tanh":
+        raise text.unusable("hidden_activation")
+    for reader in (top, text):
+        if not reader.get("tie_word_embeddings", bool, True):
+            raise ConfigError(f"{reader.where}: untied embeddings are not supported")
+    if text.data.get("use_bidirectional_attention") == "all":
+        raise ConfigError(f"{text.where}: use_bidirectional_attention 'all' is not supported")
+
+
+def _layers(text: _Reader, heads: int) -> tuple[LayerConfig, ...]:
+    own = _per_layer(text)
+    layers = tuple(
+        _layer(text, kind, index, heads, None if own is None else own.get(index, _Reader({}, text.where)))
+        for index, kind in enumerate(_layer_types(text))
+    )
+    for kind in (SLIDING, FULL):  # the rotation is made once a kind
+        if len(sizes := {layer.head_dim for layer in layers if layer.kind == kind}) > 1:
+            raise ConfigError(f"{text.where}: {kind} layers have several head sizes: {sorted(sizes)}")
+    return layers
+
+
+def _layer_types(text: _Reader) -> list[str]:
+    kinds = text.get("layer_types", list)
+    if len(kinds) != text.size("num_hidden_layers"):
+        raise ConfigError(
+            f"{text.where}: layer_types has {len(kinds)} entries for {text.size('num_hidden_layers')} layers"
+        )
+    for kind in kinds:
+        if kind not in (SLIDING, FULL):
+            raise ConfigError(f"{text.where}: layer_types has the unknown entry {reprlib.repr(kind)}")
+    return kinds
+
+
+def _per_layer(text: _Reader) -> dict[int, _Reader] | None:
+    """The entries of `per_layer_config` by layer, None without it. Keys are written "5" or "05"."""
+    if text.data.get("per_layer_config") is None:
+        return None
+    table = text.sub("per_layer_config")
+    entries: dict[int, _Reader] = {}
+    for key in table.data:
+        if not re.fullmatch("[0-9]{1,6}", str(key)) or int(key) >= text.size("num_hidden_layers"):
+            raise ConfigError(f"{table.where}: {reprlib.repr(key)} is not a layer")
+        entry = table.sub(key)
+        if unknown := set(entry.data) - {"head_dim", "num_key_value_heads"}:
+            raise ConfigError(f"{entry.where}: {reprlib.repr(min(unknown))} is not supported for one layer")
+        entries[int(key)] = entry
+    return entries
+
+
+def _layer(text: _Reader, kind: str, index: int, heads: int, own: _Reader | None) -> LayerConfig:
+    sliding = kind == SLIDING
+    head_dim = _own_size(text, own, "head_dim", None if sliding else "global_head_dim")
+    kv_heads = _own_size(text, own, "num_key_value_heads", None if sliding else "num_global_key_value_heads")
+    rope = text.sub("rope_parameters").sub(kind)
+    fraction = rope.positive("partial_rotary_factor", 1.0)
+    rope_type = rope.get("rope_type", str)
+    partial = rope_type == "proportional" and fraction <= 1.0
+    if not partial and (rope_type, fraction) != ("default", 1.0):
+        raise ConfigError(
+            f"{rope.where}: rope_type {reprlib.repr(rope_type)} with factor {fraction} is not supported"
+        )
+    if heads % kv_heads or head_dim % 2:
+        raise ConfigError(
+            f"{text.where}: layer {index}: {heads} query heads, {kv_heads} KV heads, head size {head_dim}"
+        )
+    return LayerConfig(
+        kind=kind,
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        window=text.size("sliding_window") if sliding else None,
+        rope_theta=rope.positive("rope_theta"),
+        rope_pairs=int(fraction * head_dim // 2),
+        rope_factor=rope.positive("factor", 1.0),
+        shares_kv=not sliding,
+    )
+
+
+def _own_size(text: _Reader, own: _Reader | None, key: str, full_key: str | None) -> int:
+    """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
+
+    `own` is None in a file without per_layer_config: then the full layers' key must be there. With
+    that table it need not, as an entry leaves out what equals the common value. A null `full_key`
+    means the common value too.
+    """
+    if own is not None and key in own.data:
+        return own.size(key)
+    if full_key and own is None:
+        text.get(full_key, (int, type(None)))
+    if full_key and text.data.get(full_key) is not None:
+        return text.size(full_key)
+    return text.size(key)
+
+
+def _vision(top: _Reader) -> VisionConfig | None:
+    if top.data.get("vision_config") is None:
+        return None
+    vision = top.sub("vision_config")
+    tokens = "vision_soft_tokens_per_image"
+    return VisionConfig(
+        hidden_size=vision.size("hidden_size"),
+        mlp_size=vision.size("intermediate_size"),
+        layers=vision.size("num_hidden_layers", most=1000),  # a table is made from it
+        heads=vision.size("num_attention_heads"),
+        kv_heads=vision.size("num_key_value_heads"),
+        head_dim=vision.size("head_dim"),
+        patch_size=vision.size("patch_size"),
+        positions=vision.size("position_embedding_size"),
+        standardize=vision.get("standardize", bool),
+        soft_tokens=top.size(tokens) if tokens in top.data else vision.size("default_output_length"),
+    )
+
+
+def read_generation_config(
+    data: Mapping[str, Any], vocab_size: int, where: str = "generation_config.json"
+) -> GenerationConfig:
+    """GenerationConfig from the dictionary of generation_config.json.
+
+    `vocab_size` bounds the stop ids. Raises ConfigError for a missing key, a sampler that is not the
+    entropy-bound one, or a number outside its range.
+    """
+    top = _Reader(data, where)
+    sampler = top.sub("sampler_config")
+    name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
+    if name != "EntropyBoundSamplerConfig":
+        raise ConfigError(f"{sampler.where}: sampler {reprlib.repr(name)} is not supported")
+    stops = top.get("eos_token_id", (int, list))
+    stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
+    for stop in stop_ids:
+        if type(stop) is not int or not 0 <= stop < vocab_size:
+            shown = reprlib.repr(stop)
+            raise ConfigError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}")
+    config = GenerationConfig(
+        steps=top.size("max_denoising_steps"),
+        t_max=top.number("t_max"),
+        t_min=top.number("t_min"),
+        entropy_bound=sampler.number("entropy_bound"),
+        stability=top.get("stability_threshold", int),
+        confidence=top.number("confidence_threshold"),
+        max_new_tokens=top.size("max_new_tokens"),
+        stop_ids=stop_ids,
+    )
+    try:
+        return config._checked()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None

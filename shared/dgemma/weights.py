@@ -1,0 +1,127 @@
+"""The typed tree of weights that the graph reads, and how a flat table becomes one.
+
+A leaf is whatever `Ops.place` made of a stored tensor: an array of the backend, or (for quantized
+checkpoints) a record that `linear` and `expert_linear` accept. The graph cannot tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .config import Config, LayerConfig
+from .spec import Param
+
+Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    q: Array  # [H·C, D]
+    k: Array  # [G·C, D]
+    o: Array  # [D, H·C]
+    q_norm: Array  # [C]
+    k_norm: Array  # [C]
+    v: Array | None = None  # [G·C, D]; None on full layers, where V is k's projection
+    q_bias: Array | None = None
+    k_bias: Array | None = None
+    v_bias: Array | None = None
+    o_bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    gate: Array  # [F, D]
+    up: Array  # [F, D]
+    down: Array  # [D, F]
+
+
+@dataclass(frozen=True)
+class ConditioningWeights(MlpWeights):
+    pre_norm: Array  # [D]
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    gate_up: Array  # [E, 2M, D], gate rows first
+    down: Array  # [E, D, M]
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    proj: Array  # [E, D], kept in the wide type
+    scale: Array  # [D]
+    expert_scale: Array  # [E]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attention: AttentionWeights
+    mlp: MlpWeights
+    experts: ExpertWeights
+    router: RouterWeights
+    pre_attention: Array  # the seven norms, [D] each
+    post_attention: Array
+    pre_mlp: Array
+    post_mlp: Array
+    pre_experts: Array
+    post_experts: Array
+    post_feedforward: Array
+    scalar: Array  # [1], decoder
+    encoder_scalar: Array  # [1], encoder: the only weight the two do not share
+
+
+@dataclass(frozen=True)
+class Weights:
+    embed: Array  # [V, D], also the output head
+    embed_scale: float  # √D, rounded to the compute type
+    norm: Array  # [D]
+    self_conditioning: ConditioningWeights
+    layers: tuple[LayerWeights, ...]
+    frequencies: dict[str, Array]  # by layer kind: [C/2] wide, 0 where a pair does not rotate
+
+
+def rope_frequencies(layer: LayerConfig) -> np.ndarray:
+    """Angle per position of each pair, [C/2] float64: θ^(−2i/C)/factor for the rotated pairs, then 0.
+
+    The exponent runs over the whole head also where only a part rotates (model.md, "proportional").
+    """
+    pairs = np.arange(layer.head_dim // 2)
+    frequencies = layer.rope_theta ** (-2.0 * pairs / layer.head_dim) / layer.rope_factor
+    return np.where(pairs < layer.rope_pairs, frequencies, 0.0)
+
+
+def build(
+    config: Config, table: list[Param], leaf: Callable[[Param], Array], constants: Mapping[str, Any]
+) -> Weights:
+    """The tree of a text model: `leaf(param)` supplies each tensor of `table`, in table order.
+
+    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies).
+    """
+    tree: dict[str | int, Any] = {}
+    for param in table:
+        node = tree
+        for key in param.path[:-1]:
+            node = node.setdefault(key, {})
+        node[param.path[-1]] = leaf(param)
+    layers = tuple(_layer(tree["layers"][index]) for index in range(len(config.layers)))
+    return Weights(
+        embed=tree["embed"],
+        norm=tree["norm"],
+        self_conditioning=ConditioningWeights(**tree["self_conditioning"]),
+        layers=layers,
+        **constants,
+    )
+
+
+def _layer(node: dict[str, Any]) -> LayerWeights:
+    parts: dict[str, Any] = {
+        "attention": AttentionWeights(**node.pop("attention")),
+        "mlp": MlpWeights(**node.pop("mlp")),
+        "experts": ExpertWeights(**node.pop("experts")),
+        "router": RouterWeights(**node.pop("router")),
+    }
+    return LayerWeights(**parts, **node)
