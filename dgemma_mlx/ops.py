@@ -1,0 +1,205 @@
+"""The MLX backend: the Apple GPU through Metal, the CPU elsewhere, float32 or bfloat16.
+
+Plain but not naive: MLX's own kernels where they compute what the definition says, blocked attention,
+grouped expert products. Rotation stays the definition's: `mx.fast.rope` takes Metal's `fast::cos` of
+angles up to the context length, and counts positions unsigned, so left padding would wrap around.
+
+Evaluation is lazy and breadth first: whatever is independent exists at the same time. Loops over
+blocks and tiles are chained with `mx.depends`, which costs nothing and also holds inside `mx.compile`;
+`mx.eval` does not. The CPU build has slow reference kernels and no bfloat16 expert product; it is here
+to test the graph and to run the embedded model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dgemma.errors import BackendError
+from dgemma.ops import Array, Ops, Stored
+
+
+class MlxOps(Ops):
+    """`compute` is `dtype`, `wide` is float32. Integers are int32 throughout."""
+
+    name = "mlx"
+    # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist:
+    # queries go in blocks that keep them below this many bytes (counted as float32).
+    score_bytes = 256 << 20
+    # A few tiles are in flight at once. At 1/32 of the vocabulary they add half a plane of logits.
+    vocab_tile = 8192
+
+    def __init__(self, dtype: mx.Dtype = mx.float32):
+        if dtype not in (mx.float32, mx.bfloat16):
+            kind = str(dtype).removeprefix("mlx.core.")
+            raise BackendError(f"MLX runs in bfloat16 or float32, not {kind}: float16 overflows")
+        self.dtype = dtype
+        self.on_gpu = mx.default_device().type == mx.gpu
+
+    def asarray(self, x: np.ndarray) -> Array:
+        x = np.asarray(x)
+        if x.dtype.kind == "f":
+            return mx.array(x.astype(np.float32, copy=False)).astype(self.dtype)
+        return mx.array(x if x.dtype.kind == "b" else x.astype(np.int32))
+
+    def aswide(self, x: np.ndarray) -> Array:
+        return mx.array(np.asarray(x, np.float32))
+
+    def load(self, stored: Stored, wide: bool = False) -> Array:
+        x = mx.array(stored.data)  # a copy: nothing keeps the file mapped
+        x = x.view(mx.bfloat16) if stored.dtype == "BF16" else x
+        x = x.astype(mx.float32 if wide else self.dtype)
+        mx.eval(x)  # or each source would wait in memory for its conversion
+        return x
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        return np.array(self.wide(x) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+    def rounded(self, x: float) -> float:
+        return float(mx.array(x, self.dtype).item())  # type: ignore[arg-type]
+
+    def wide(self, x: Array) -> Array:
+        return x.astype(mx.float32)
+
+    def compute(self, x: Array) -> Array:
+        return x.astype(self.dtype)
+
+    def like(self, x: Array, reference: Array) -> Array:
+        return x.astype(reference.dtype)
+
+    def transpose(self, x: Array, *axes: int) -> Array:
+        return mx.transpose(x, axes)
+
+    def concat(self, parts: Sequence[Array], axis: int) -> Array:
+        return mx.concatenate(list(parts), axis)
+
+    def take(self, x: Array, ids: Array) -> Array:
+        return mx.take(x, ids, 0)
+
+    def arange(self, stop: int) -> Array:
+        return mx.arange(stop)
+
+    def where(self, condition: Array, x: Array, y: Array | float) -> Array:
+        return mx.where(condition, x, y)
+
+    def exp(self, x: Array) -> Array:
+        return mx.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return mx.log(x)
+
+    def tanh(self, x: Array) -> Array:
+        return mx.tanh(x)
+
+    def cos(self, x: Array) -> Array:
+        return mx.cos(x)
+
+    def sin(self, x: Array) -> Array:
+        return mx.sin(x)
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        return mx.maximum(x, y)
+
+    def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        return mx.sum(x, axis, keepdims=keepdims)
+
+    def max(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        return mx.max(x, axis, keepdims=keepdims)
+
+    # MLX indices are uint32, whose differences wrap around: signed from the start.
+    def argmax(self, x: Array, axis: int) -> Array:
+        return mx.argmax(x, axis).astype(mx.int32)
+
+    def argsort(self, x: Array, axis: int) -> Array:
+        return mx.argsort(x, axis).astype(mx.int32)
+
+    def take_along(self, x: Array, ids: Array, axis: int) -> Array:
+        return mx.take_along_axis(x, ids, axis)
+
+    def cumsum(self, x: Array, axis: int) -> Array:
+        return mx.cumsum(x, axis)
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+    def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
+        if not self.on_gpu:  # the CPU's gather_mm takes nothing but float32
+            return self.like(_expert_linear(self.wide(x), self.wide(weight), experts), x)
+        return _expert_linear(x, weight, experts)
+
+    # ---- what a backend may do differently ------------------------------------------------------
+
+    def peak_memory(self) -> int:
+        return mx.get_peak_memory() if self.on_gpu else super().peak_memory()
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """On the CPU `fn` itself: there each fused kernel is a run of g++, 31 s in all for 5 % of speed."""
+        return mx.compile(fn) if self.on_gpu else fn
+
+    def settle(self, arrays: Any) -> None:
+        mx.eval(arrays)
+
+    def after(self, x: Array, *done: Array) -> Array:
+        return mx.depends(x, list(done))
+
+    # ---- composites with something better than the definition -----------------------------------
+
+    def softmax(self, x: Array, axis: int) -> Array:
+        return mx.softmax(x, axis, precise=True)
+
+    def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        if weight is None:
+            return mx.fast.rms_norm(x, None, eps)
+        # In bfloat16 the kernel would round before the weight and again after it.
+        return self.like(mx.fast.rms_norm(self.wide(x), self.wide(weight), eps), x)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
+    ) -> Array:
+        L, S = q.shape[2], k.shape[2]
+        mask = None if causal else self.visible(L, S, pad, False, None)
+        parts: list[Array] = []
+        for a, b in self._blocks(q.shape, S, window if causal else None):
+            block = q[:, :, a:b]
+            if parts:  # evaluation is breadth first: without this edge all blocks exist at once
+                block = self.after(block, parts[-1])
+            if causal:
+                parts.append(self._causal(block, k, v, pad, window, S - L + b))
+            else:
+                rows = None if mask is None else mask[:, :, a:b]
+                parts.append(mx.fast.scaled_dot_product_attention(block, k, v, scale=1.0, mask=rows))
+        return parts[0] if len(parts) == 1 else self.concat(parts, 2)
+
+    def _blocks(self, shape: Sequence[int], S: int, window: int | None) -> Iterator[tuple[int, int]]:
+        """Ranges of queries whose scores fit `score_bytes`; no longer than a window, so as to skip keys."""
+        B, H, L, _ = shape
+        rows = min(max(1, self.score_bytes // (4 * B * H * S)), window or L)
+        for a in range(0, L, rows):
+            yield a, min(a + rows, L)
+
+    def _causal(
+        self, q: Array, k: Array, v: Array, pad: Array | None, window: int | None, stop: int
+    ) -> Array:
+        """Causal attention of queries that are the last of the first `stop` slots."""
+        L = q.shape[2]
+        start = 0 if window is None else max(0, stop - L + 1 - window)
+        S = stop - start
+        plain = pad is None and (window is None or window >= S)  # MLX aligns "causal" at the last key
+        mask = "causal" if plain else self.visible(L, S, None if pad is None else pad - start, True, window)
+        return mx.fast.scaled_dot_product_attention(
+            q, k[:, :, start:stop], v[:, :, start:stop], scale=1.0, mask=mask
+        )
+
+
+def make(dtype: str | None = None) -> MlxOps:
+    """`dtype` is "float32" or "bfloat16"; by default bfloat16 on a GPU and float32 on a CPU."""
+    on_gpu = mx.default_device().type == mx.gpu
+    return MlxOps(getattr(mx, dtype or ("bfloat16" if on_gpu else "float32")))
+
+
+def _expert_linear(x: Array, weight: Array, experts: Array) -> Array:
+    y = mx.gather_mm(x[:, None], weight.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True)
+    return y[:, 0]

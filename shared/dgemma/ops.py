@@ -1,0 +1,372 @@
+"""What a backend must offer: a few primitives to fill in, and composites that are defined here.
+
+A primitive raises until a backend supplies it. A composite's body below *is* its definition, written
+with primitives; a backend overrides one only where a measurement says it is faster, and a test holds
+the override against this body on NumPy float64. No formula of the model lives outside this package.
+
+"Wide" is the type in which norms, softmax, router and statistics are computed: float32 on the fast
+backends, float64 on NumPy. "Compute" is the type of weights and activations.
+
+    B rows (sequences)  L queries  S keys  D hidden  H heads  G KV heads  C head size
+    N tokens (B·L)  V vocabulary  E experts  K picks a token  M expert size
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .cache import Cache
+    from .config import Config
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What the vocabulary says of each position, still on the device."""
+
+    argmax: Array  # [N] int
+    sample: Array  # [N] int, drawn with the given uniforms
+    entropy: Array  # [N] wide, nats
+    soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor as a file holds it. `data` is read-only, bfloat16 in it is uint16; see `dgemma.checkpoint`."""
+
+    name: str
+    dtype: str  # as safetensors names it: "BF16", "F16", "F32", ...
+    shape: tuple[int, ...]
+    data: np.ndarray
+    file: Path
+
+    def to_float32(self) -> np.ndarray:
+        """The values, in memory of their own. Floating-point types of 16 bits and more only."""
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        assert self.data.dtype.kind == "f", self.dtype
+        return self.data.astype(np.float32)
+
+
+class Ops:
+    """Base of the backends. Arrays are the backend's own; operators and slicing work on all of them."""
+
+    name = "ops"
+    # Vocabulary entries whose logits are made at once. One float32 plane of [rows, V] exists, in tiles
+    # of this width, and no second one.
+    vocab_tile = 32768
+    # Rows of that plane at once: 256 × 262,144 float32 are 268 MB.
+    vocab_rows = 256
+
+    # ---- primitives -----------------------------------------------------------------------------
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Host to device: floats become the compute type, integers stay integers."""
+        raise NotImplementedError
+
+    def aswide(self, x: np.ndarray) -> Array:
+        """Host to device, in the wide type."""
+        raise NotImplementedError
+
+    def load(self, stored: Stored, wide: bool = False) -> Array:
+        """A stored tensor to the device, in the compute type, or the wide type; never a view of the file."""
+        raise NotImplementedError
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Device to host: floats as float32 (float64 on NumPy), integers as they are. Synchronizes."""
+        raise NotImplementedError
+
+    def rounded(self, x: float) -> float:
+        """`x` rounded to the compute type."""
+        raise NotImplementedError
+
+    def wide(self, x: Array) -> Array:
+        """`x` in the wide type."""
+        raise NotImplementedError
+
+    def compute(self, x: Array) -> Array:
+        """`x` in the compute type."""
+        raise NotImplementedError
+
+    def like(self, x: Array, reference: Array) -> Array:
+        """`x` in the type of `reference`."""
+        raise NotImplementedError
+
+    def transpose(self, x: Array, *axes: int) -> Array:
+        raise NotImplementedError
+
+    def concat(self, parts: Sequence[Array], axis: int) -> Array:
+        raise NotImplementedError
+
+    def take(self, x: Array, ids: Array) -> Array:
+        """Rows `ids` of `x` along its first axis."""
+        raise NotImplementedError
+
+    def arange(self, stop: int) -> Array:
+        raise NotImplementedError
+
+    def where(self, condition: Array, x: Array, y: Array | float) -> Array:
+        raise NotImplementedError
+
+    def exp(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def log(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def tanh(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def cos(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def sin(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        """Elementwise."""
+        raise NotImplementedError
+
+    def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        """For a boolean `x` the count, as an integer."""
+        raise NotImplementedError
+
+    def max(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def argmax(self, x: Array, axis: int) -> Array:
+        """First of equals."""
+        raise NotImplementedError
+
+    def argsort(self, x: Array, axis: int) -> Array:
+        """Ascending and stable."""
+        raise NotImplementedError
+
+    def take_along(self, x: Array, ids: Array, axis: int) -> Array:
+        raise NotImplementedError
+
+    def cumsum(self, x: Array, axis: int) -> Array:
+        raise NotImplementedError
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """x [..., I] times weight [O, I] transposed, plus bias [O]."""
+        raise NotImplementedError
+
+    def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
+        """Row r of x [R, I] times weight[experts[r]] ([E, O, I]) transposed; `experts` [R] ascends."""
+        raise NotImplementedError
+
+    # ---- what a backend may do differently ---------------------------------------------------------
+
+    def cache(self, config: Config) -> Cache:
+        """An empty cache of keys and values."""
+        from .cache import Cache
+
+        return Cache(self, config)
+
+    def peak_memory(self) -> int:
+        """Most bytes in use since the process began: of the device, or of the process on a CPU."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A pure function of arrays, traced and compiled where the backend can."""
+        return fn
+
+    def settle(self, arrays: Any) -> None:
+        """Finish pending work on these arrays (lazy backends)."""
+
+    def after(self, x: Array, *done: Array) -> Array:
+        """`x`, to be used once `done` are computed: lazy backends would hold all tiles of a loop at once."""
+        return x
+
+    # ---- composites: the definitions ------------------------------------------------------------
+
+    def softmax(self, x: Array, axis: int) -> Array:
+        """Softmax in the type of `x`, which callers make wide."""
+        e = self.exp(x - self.max(x, axis, keepdims=True))
+        return e / self.sum(e, axis, keepdims=True)
+
+    def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        """x / rms(x) · weight over the last axis, computed wide, in x's type (not `1 + weight`)."""
+        y = self.wide(x)
+        y = y * (self.sum(y * y, -1, keepdims=True) / y.shape[-1] + eps) ** -0.5
+        if weight is not None:
+            y = y * self.wide(weight)
+        return self.like(y, x)
+
+    def gelu(self, x: Array) -> Array:
+        """GELU, tanh approximation: x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), computed wide.
+
+        In bfloat16 the sum 1 + tanh cancels: 4 % off at x = −2.
+        """
+        y = self.wide(x)
+        return self.like(0.5 * y * (1.0 + self.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y))), x)
+
+    def geglu(self, gate: Array, up: Array) -> Array:
+        """gelu(gate) · up."""
+        return self.gelu(gate) * up
+
+    def rotary(self, offset: Array, length: int, frequencies: Array) -> Any:
+        """What `rope` needs for `length` positions from offset [B] on: here cos and sin [B, 1, L, C/2]."""
+        positions = self.wide(offset)[:, None] + self.wide(self.arange(length))[None, :]
+        angles = positions[:, None, :, None] * frequencies
+        return self.cos(angles), self.sin(angles)
+
+    def rope(self, x: Array, rotary: Any) -> Array:
+        """Rotate the pairs (i, i + C/2) of x [B, heads, L, C]; computed wide."""
+        cos, sin = rotary
+        half = x.shape[-1] // 2
+        y = self.wide(x)
+        a, b = y[..., :half], y[..., half:]
+        return self.like(self.concat([a * cos - b * sin, b * cos + a * sin], -1), x)
+
+    def visible(self, L: int, S: int, pad: Array | None, causal: bool, window: int | None) -> Array | None:
+        """Which keys a query may see, [B or 1, 1, L, S] bool, or None for all.
+
+        Queries are the last L of the S slots. `pad` [B]: slots before it hold no token. A padding
+        query sees itself, so that no row of scores is empty and nothing becomes NaN.
+        """
+        mask = None
+        key = self.arange(S)[None, None, None, :]
+        query = self.arange(L)[None, None, :, None] + (S - L)
+        if pad is not None:
+            mask = (key >= pad[:, None, None, None]) | (key == query)
+        if causal:
+            mask = key <= query if mask is None else mask & (key <= query)
+            if window is not None and window < S:
+                mask = mask & (key > query - window)
+        return mask
+
+    def attention(
+        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
+    ) -> Array:
+        """softmax(q kᵀ) v with q [B, H, L, C], k and v [B, G, S, C], softmax wide -> [B, H, L, C].
+
+        Scores are not scaled (model.md). For `pad`, `causal` and `window` see `visible`; a window
+        applies to causal attention only: a canvas has its keys cut beforehand.
+        """
+        B, H, L, C = q.shape
+        G, S = k.shape[1], k.shape[2]
+        # Heads of one KV head become rows: K and V are never repeated.
+        rows = self.wide(q).reshape(B, G, H // G * L, C)
+        scores = (rows @ self.transpose(self.wide(k), 0, 1, 3, 2)).reshape(B, H, L, S)
+        mask = self.visible(L, S, pad, causal, window)
+        if mask is not None:
+            scores = self.where(mask, scores, -1e30)
+        p = self.softmax(scores, -1).reshape(B, G, H // G * L, S)
+        return self.like((p @ self.wide(v)).reshape(B, H, L, C), q)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        """The k largest of the last axis, values and ids, largest first, ties to the lower id."""
+        ids = self.argsort(-x, -1)[..., :k]
+        return self.take_along(x, ids, -1), ids
+
+    def router(self, h: Array, proj: Array, scale: Array, expert_scale: Array, k: int, eps: float):  # type: ignore[no-untyped-def]
+        """Weights [N, K] (wide) and experts [N, K] of tokens h [N, D], the *raw* residual stream.
+
+        All of it is wide: bf16 logits tie in 5 % of rows, and a tie flips a pick. Softmax over all
+        experts, the K best renormalised to sum 1, then each times its expert's scale (model.md).
+        """
+        r = self.rms_norm(self.wide(h), None, eps) * self.wide(scale) * h.shape[-1] ** -0.5
+        p = self.softmax(self.linear(r, self.wide(proj)), -1)
+        weights, ids = self.top_k(p, k)
+        weights = weights / self.sum(weights, -1, keepdims=True)
+        return weights * self.take(self.wide(expert_scale), ids), ids
+
+    def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        """Σ_k weights[n, k] · expert_{ids[n, k]}(x[n]) for x [N, D] -> [N, D].
+
+        Rows are sorted by expert, so that each expert is one matrix product over adjacent rows.
+        """
+        N, K = ids.shape
+        flat = ids.reshape(N * K)
+        order = self.argsort(flat, 0)
+        rows = self.take(flat, order)
+        y = self.expert_linear(self.take(x, order // K), gate_up, rows)
+        half = y.shape[-1] // 2
+        y = self.expert_linear(self.geglu(y[:, :half], y[:, half:]), down, rows)
+        y = self.take(y, self.argsort(order, 0)).reshape(N, K, x.shape[-1])
+        return self.like(self.sum(self.wide(y) * weights[:, :, None], 1), x)
+
+    def embed(self, table: Array, ids: Array) -> Array:
+        """Rows of the embedding table, in the compute type."""
+        return self.take(table, ids)
+
+    def rows(self, table: Array, start: int, stop: int) -> Array:
+        """Rows start…stop of the embedding table: a tile of the head."""
+        return table[start:stop]
+
+    def logits(self, h: Array, table: Array, softcap: float) -> Array:
+        """softcap · tanh(h @ tableᵀ / softcap), wide; h [..., D], table [v, D]."""
+        return softcap * self.tanh(self.wide(self.linear(h, table)) / softcap)
+
+    def soft_embedding(self, p: Array, table: Array) -> Array:
+        """p @ table: p [..., v] wide, in the table's type for the product (as the reference does)."""
+        return self.compute(p) @ table
+
+    def vocabulary(
+        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+    ) -> Guess:
+        """Argmax, sample, entropy and soft embedding of h [N, D] against the table [V, D].
+
+        With z = logits / temperature and p = softmax(z): entropy −Σ p log p; the sample is the first
+        token whose cumulative p exceeds its uniform [N]. Two passes over tiles of z: the first
+        gathers maximum and sums online, the second turns tiles into probabilities.
+        """
+        parts: list[Guess] = []
+        for a in range(0, h.shape[0], self.vocab_rows):
+            rows = slice(a, a + self.vocab_rows)
+            x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
+            parts.append(self._vocabulary(x, table, softcap, temperature, uniforms[rows]))
+        if len(parts) == 1:
+            return parts[0]
+        names = ("argmax", "sample", "entropy", "soft")
+        return Guess(*(self.concat([getattr(part, name) for part in parts], 0) for name in names))
+
+    def _vocabulary(
+        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+    ) -> Guess:
+        edges = range(0, table.shape[0], self.vocab_tile)
+        tiles: list[Array] = []
+        for a in edges:
+            x = self.after(h, tiles[-1]) if tiles else h
+            tiles.append(self.logits(x, self.rows(table, a, a + self.vocab_tile), softcap) / temperature)
+        top, argmax = self._peak(tiles, edges)
+        mass = weighted = below = top * 0.0
+        for z in tiles:
+            z = self.after(z, mass, weighted)
+            e = self.exp(z - top)
+            mass = mass + self.sum(e, -1, keepdims=True)
+            weighted = weighted + self.sum(e * (z - top), -1, keepdims=True)
+        sample, soft = argmax * 0, self.wide(h) * 0.0
+        for index, a in enumerate(edges):
+            z = self.after(tiles[index], mass, weighted, sample, soft)
+            tiles[index] = None  # the plane shrinks as it is read
+            p = self.exp(z - top) / mass
+            reach = self.cumsum(p, -1) + below
+            sample = sample + self.sum(reach <= uniforms[:, None], -1)
+            below = reach[:, -1:]
+            soft = soft + self.wide(self.soft_embedding(p, self.rows(table, a, a + self.vocab_tile)))
+        # Rounding can leave the last cumulative sum below the uniform: then no token exceeds it.
+        sample = self.where(sample < table.shape[0], sample, argmax)
+        entropy = self.log(mass) - weighted / mass
+        return Guess(argmax, sample, entropy[:, 0], self.compute(soft))
+
+    def _peak(self, tiles: list[Array], edges: range) -> tuple[Array, Array]:
+        """Maximum [N, 1] and its first place [N] over all tiles."""
+        top, argmax = self.max(tiles[0], -1, keepdims=True), self.argmax(tiles[0], -1)
+        for z, a in zip(tiles[1:], edges[1:], strict=True):
+            peak = self.max(z, -1, keepdims=True)
+            argmax = self.where((peak > top)[:, 0], self.argmax(z, -1) + a, argmax)
+            top = self.maximum(top, peak)
+        return top, argmax

@@ -1,0 +1,332 @@
+"""Every composite of every backend against its definition on NumPy float64.
+
+The same rounded numbers go in on both sides, so that an error is the computation's own. Bounds follow
+from the format: float32 results may be off by 1e-5 (sums of a few hundred terms), bfloat16 results by
+one or a few roundings of 2⁻⁸, as each test says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dgemma.ops import Ops, Stored
+from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
+
+BF16 = EPS["bfloat16"]
+
+
+@pytest.fixture(params=backends("float32", "bfloat16"))
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return make(request.param)
+
+
+@pytest.fixture(params=backends("float32", reference=True))
+def any_ops(request: pytest.FixtureRequest) -> Ops:
+    return make(request.param)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def tolerance(ops: Ops, roundings: float) -> float:
+    """1e-5, or for bfloat16 so many roundings of half an EPS."""
+    return max(1e-5, roundings * rounding(ops) / 2)
+
+
+# ---- primitives ---------------------------------------------------------------------------------
+
+
+def test_sorting_is_stable_and_indices_are_signed(any_ops: Ops, rng: np.random.Generator):
+    x = rng.integers(0, 4, (7, 300)).astype(np.float32)
+    device = any_ops.aswide(x)
+    for axis in (0, 1):
+        order = any_ops.argsort(device, axis)
+        assert np.array_equal(any_ops.to_numpy(order), np.argsort(x, axis, kind="stable"))
+        best = any_ops.argmax(device, axis)
+        assert np.array_equal(any_ops.to_numpy(best), np.argmax(x, axis))  # the first of equals
+        assert any_ops.to_numpy(best - 1000).max() < 0
+        assert any_ops.to_numpy(order - 1000).max() < 0
+    taken = any_ops.take_along(device, any_ops.argsort(device, 1), 1)
+    assert np.array_equal(any_ops.to_numpy(taken), np.sort(x, 1))
+
+
+def test_counting_and_indexing(any_ops: Ops, rng: np.random.Generator):
+    x = rng.standard_normal((5, 9)).astype(np.float32)
+    device = any_ops.aswide(x)
+    count = any_ops.to_numpy(any_ops.sum(device > 0, -1))
+    assert count.dtype.kind == "i"
+    assert np.array_equal(count, (x > 0).sum(-1))
+    ids = any_ops.asarray(np.array([[4, 0], [2, 2]]))
+    assert np.array_equal(any_ops.to_numpy(any_ops.take(device, ids)), x[[[4, 0], [2, 2]]])
+    assert np.array_equal(any_ops.to_numpy(any_ops.take(device[:, 0], ids)), x[:, 0][[[4, 0], [2, 2]]])
+    assert np.array_equal(any_ops.to_numpy(any_ops.where(device > 0, device, -1.0)), np.where(x > 0, x, -1.0))
+    close(any_ops.to_numpy(any_ops.cumsum(device, 1)), np.cumsum(x.astype(float), 1), 1e-6, "cumsum")
+    assert np.array_equal(any_ops.to_numpy(any_ops.arange(4) - 5), [-5, -4, -3, -2])
+
+
+def test_python_numbers_do_not_widen(ops: Ops, rng: np.random.Generator):
+    x = ops.asarray(rng.standard_normal((3, 4)))
+    for y in (x * 2.0, 2 * x, x / 3.0, x + 0.0, x * ops.rounded(53.0660), ops.like(ops.wide(x), x)):
+        assert y.dtype == x.dtype
+    assert ops.wide(x).dtype == ops.aswide(np.zeros(1)).dtype
+
+
+def test_linear(ops: Ops, rng: np.random.Generator):
+    (x, w, b), reference = pair(
+        ops, rng.standard_normal((2, 3, 33)), rng.standard_normal((5, 33)), np.ones(5)
+    )
+    rtol = tolerance(ops, 2)  # the product, then the sum with the bias
+    close(ops.to_numpy(ops.linear(x, w)), REFERENCE.linear(*reference[:2]), rtol, "linear")
+    close(ops.to_numpy(ops.linear(x, w, b)), REFERENCE.linear(*reference), rtol, "linear with bias")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_load(ops: Ops, rng: np.random.Generator, dtype: str, wide: bool):
+    values = rng.standard_normal((4, 6)).astype(np.float32)
+    values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)  # exact in bfloat16
+    raw = (values.view(np.uint32) >> 16).astype(np.uint16)
+    data: np.ndarray = {"BF16": raw, "F16": values.astype(np.float16), "F32": values}[dtype]
+    file = np.concatenate([np.zeros(1, np.uint8), data.reshape(-1).view(np.uint8)])
+    view = file[1:].view(data.dtype).reshape(data.shape)  # unaligned, as a file may have it
+    view.flags.writeable = False
+    loaded = ops.load(Stored("w", dtype, data.shape, view, Path("w.safetensors")), wide)
+    expected = data.astype(np.float32) if dtype == "F16" else values
+    file[:] = 0  # nothing may still look at the file
+    assert loaded.dtype == (ops.aswide(values) if wide else ops.asarray(values)).dtype
+    assert np.array_equal(ops.to_numpy(loaded), expected)
+
+
+# ---- norms, activations, rotation ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_rms_norm(ops: Ops, rng: np.random.Generator, scale: float):
+    (x, w), (rx, rw) = pair(ops, scale * rng.standard_normal((2, 3, 5, 33)), 1 + rng.standard_normal(33))
+    for weight, reference in ((None, None), (w, rw)):
+        y = ops.rms_norm(x, weight, 1e-6)
+        assert y.dtype == x.dtype
+        expected = REFERENCE.rms_norm(rx, reference, 1e-6)
+        close(ops.to_numpy(y), expected, tolerance(ops, 1), "rms_norm")
+        # One rounding at the end, none before the weight.
+        off = np.abs(ops.to_numpy(y) - expected) / np.abs(expected)
+        assert off.max() <= max(1e-5, 1.01 * rounding(ops) / 2)
+
+
+def test_gelu(ops: Ops):
+    # Left of zero 1 + tanh cancels; element by element, a rounding for each of GELU and the product.
+    (x, up), (rx, rup) = pair(ops, np.linspace(-4, 4, 257), np.linspace(1, 2, 257))
+    for actual, expected in (
+        (ops.gelu(x), REFERENCE.gelu(rx)),
+        (ops.geglu(x, up), REFERENCE.geglu(rx, rup)),
+    ):
+        assert actual.dtype == x.dtype
+        error = np.abs(ops.to_numpy(actual) - expected) / np.maximum(np.abs(expected), 1e-3)
+        assert error.max() <= max(1e-4, 1.1 * rounding(ops))
+
+
+def test_softmax(ops: Ops, rng: np.random.Generator):
+    x = 30 * rng.standard_normal((3, 4096)).astype(np.float32)
+    for axis in (0, 1):
+        p = ops.to_numpy(ops.softmax(ops.aswide(x), axis))
+        close(p, REFERENCE.softmax(REFERENCE.asarray(x), axis), 1e-5, "softmax")
+        close(p.sum(axis), np.ones(x.shape[1 - axis]), 1e-5, "sum of softmax")
+
+
+@pytest.mark.parametrize("offsets", [(0, 3, 9), (-20, -1, 0), (150_000, 131_071, 5)])
+def test_rope(ops: Ops, rng: np.random.Generator, offsets: tuple[int, ...]):
+    C, L = 32, 7
+    frequencies = 1e4 ** (-2.0 * np.arange(C // 2) / C)
+    frequencies[10:] = 0  # these pairs do not rotate
+    (x,), (rx,) = pair(ops, rng.standard_normal((3, 2, L, C)))
+    wide = ops.aswide(frequencies)
+    y = ops.rope(x, ops.rotary(ops.asarray(np.array(offsets)), L, wide))
+    assert y.dtype == x.dtype
+    exact = REFERENCE.rotary(np.array(offsets), L, REFERENCE.asarray(ops.to_numpy(wide)))
+    # float32 rounds an angle by half an EPS of its size, and the angle is the position in pair 0.
+    angle = EPS["float32"] * max(abs(offset) + L for offset in offsets)
+    close(ops.to_numpy(y), REFERENCE.rope(rx, exact), tolerance(ops, 1) + angle, "rope")
+    still = np.r_[10 : C // 2, C // 2 + 10 : C]
+    assert np.array_equal(ops.to_numpy(y)[..., still], rx[..., still])
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "canvas": {"L": 5, "S": 12},
+    "canvas, ragged": {"L": 5, "S": 12, "pad": (0, 7)},
+    "canvas of padding": {"L": 6, "S": 6, "pad": (4, 0)},
+    "causal": {"L": 9, "S": 9, "causal": True},
+    "causal after a past": {"L": 5, "S": 14, "causal": True},
+    "one query": {"L": 1, "S": 14, "causal": True, "window": 4},
+    "causal, ragged": {"L": 9, "S": 9, "causal": True, "pad": (4, 0)},
+    "ragged past": {"L": 4, "S": 11, "causal": True, "pad": (9, 3)},
+    "window": {"L": 11, "S": 11, "causal": True, "window": 4},
+    "window of one": {"L": 6, "S": 6, "causal": True, "window": 1},
+    "window as long": {"L": 8, "S": 8, "causal": True, "window": 8},
+    "window longer": {"L": 8, "S": 8, "causal": True, "window": 50},
+    "window after a past": {"L": 9, "S": 12, "causal": True, "window": 4},
+    "window, ragged": {"L": 11, "S": 11, "causal": True, "window": 4, "pad": (3, 10)},
+    "window of no effect on a canvas": {"L": 5, "S": 12, "window": 4},
+}
+HEADS = [(4, 4), (4, 2), (4, 1)]
+
+
+def setting(L: int, S: int, causal: bool = False, window: int | None = None, pad: tuple[int, ...] = ()):
+    return L, S, causal, window, np.array(pad) if pad else None
+
+
+def seen(L: int, S: int, causal: bool, window: int | None, pad: int) -> np.ndarray:
+    """model.md's words, one pair at a time: which of S slots each of the last L may look at."""
+    mask = np.zeros((L, S), bool)
+    for i in range(L):
+        q = S - L + i
+        for j in range(S):
+            past = not causal or (j <= q and (window is None or q - window < j))
+            mask[i, j] = past and (j >= pad or j == q)
+    return mask
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_attention_is_what_model_md_says(any_ops: Ops, rng: np.random.Generator, case: str):
+    L, S, causal, window, pad = setting(**SHAPES[case])
+    q, k, v = (rng.standard_normal((2, 2, n, 8)) for n in (L, S, S))
+    device = (any_ops.asarray(x) for x in (q, k, v))
+    y = any_ops.attention(*device, None if pad is None else any_ops.asarray(pad), causal, window)
+    for b in range(2):
+        mask = seen(L, S, causal, window, 0 if pad is None else pad[b])
+        e = np.where(mask, np.exp(q[b] @ k[b].swapaxes(1, 2)), 0)
+        close(any_ops.to_numpy(y)[b], e / e.sum(-1, keepdims=True) @ v[b], 1e-5, f"{case}, row {b}")
+
+
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("block", [None, 2])
+def test_attention(ops: Ops, rng: np.random.Generator, case: str, heads: tuple[int, int], block: int | None):
+    L, S, causal, window, pad = setting(**SHAPES[case])
+    if block is not None and hasattr(ops, "score_bytes"):  # else queries are never split
+        ops.score_bytes = 4 * 2 * heads[0] * block * S
+    shapes = ((heads[0], L), (heads[1], S), (heads[1], S))
+    (q, k, v), reference = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
+    y = ops.attention(q, k, v, None if pad is None else ops.asarray(pad), causal, window)
+    assert y.dtype == q.dtype
+    # A rounded score (some kernels keep them in bfloat16) moves its weight by the score's error, and the
+    # sum of weights by as much; then weights and output are rounded.
+    scores = np.abs(reference[0] @ np.repeat(reference[1], heads[0] // heads[1], 1).swapaxes(2, 3)).max()
+    expected = REFERENCE.attention(*reference, pad, causal, window)
+    close(ops.to_numpy(y), expected, tolerance(ops, 2 + 2 * scores), case)
+
+
+@pytest.mark.parametrize("case", [case for case, shape in SHAPES.items() if "pad" in shape])
+def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
+    """Keys and values of padding are finite (made from token 0), so a weight of zero hides them."""
+    L, S, causal, window, pad = setting(**SHAPES[case])
+    q, k, v = (rng.standard_normal((2, 2, n, 16)) for n in (L, S, S))
+    dirty = [x.copy() for x in (k, v)]
+    for x in dirty:
+        for b in range(2):
+            x[b, :, : pad[b]] = 1e4 * rng.standard_normal(x[b, :, : pad[b]].shape)
+    run = [
+        ops.to_numpy(ops.attention(*map(ops.asarray, (q, *kv)), ops.asarray(pad), causal, window))
+        for kv in ((k, v), dirty)
+    ]
+    for b in range(2):
+        tokens = slice(max(0, pad[b] - (S - L)), None)
+        assert np.array_equal(run[0][b, :, tokens], run[1][b, :, tokens])
+    assert np.isfinite(run[1]).all()
+
+
+# ---- experts ------------------------------------------------------------------------------------
+
+
+def test_top_k_ties_go_to_the_lower_id(any_ops: Ops, rng: np.random.Generator):
+    x = rng.integers(0, 5, (50, 128)) / 8
+    values, ids = any_ops.top_k(any_ops.aswide(x), 8)
+    order = np.argsort(-x, -1, kind="stable")[:, :8]
+    assert np.array_equal(any_ops.to_numpy(ids), order)
+    assert np.array_equal(any_ops.to_numpy(values), np.take_along_axis(x, order, -1))
+
+
+def test_router(ops: Ops, rng: np.random.Generator):
+    N, D, E, K = 23, 32, 12, 3
+    arrays = (rng.standard_normal((N, D)), rng.standard_normal((E, D)), rng.standard_normal(D), rng.random(E))
+    device, reference = pair(ops, *arrays)
+    weights, ids = ops.router(*device, K, 1e-6)
+    expected, picks = REFERENCE.router(*reference, K, 1e-6)
+    # All of it is wide: float32 bounds, whatever the compute type.
+    assert weights.dtype == ops.aswide(np.zeros(1)).dtype
+    assert np.array_equal(ops.to_numpy(ids), picks)
+    close(ops.to_numpy(weights), expected, 1e-5, "router")
+
+
+@pytest.mark.parametrize("N", [1, 2, 19])
+@pytest.mark.parametrize("D, M", [(24, 16), (20, 6), (13, 7)])
+def test_experts(ops: Ops, rng: np.random.Generator, N: int, D: int, M: int):
+    E, K = 6, 2
+    ids = np.array([[0, 5], [5, 2], [2, 0]])[rng.integers(0, 3, N)]  # experts 1, 3 and 4 have no rows
+    gate_up = rng.standard_normal((E, 2 * M, D)) / D**0.5
+    (x, gate_up, down), reference = pair(
+        ops, rng.standard_normal((N, D)), gate_up, rng.standard_normal((E, D, M))
+    )
+    weights = rng.random((N, K)).astype(np.float32)
+    y = ops.experts(x, ops.aswide(weights), ops.asarray(ids), gate_up, down)
+    assert y.dtype == x.dtype
+    rx, rg, rd = reference
+    expected = np.zeros((N, D))
+    for n in range(N):
+        for weight, expert in zip(weights[n], ids[n], strict=True):
+            gate, up = np.split(rg[expert] @ rx[n], 2)
+            expected[n] += weight * (rd[expert] @ REFERENCE.geglu(gate, up))
+    close(REFERENCE.experts(rx, weights, ids, rg, rd), expected, 1e-12, "definition")
+    # gate, up, GELU, product, down and the sum are rounded in turn.
+    close(ops.to_numpy(y), expected, tolerance(ops, 6), "experts")
+
+
+# ---- vocabulary ---------------------------------------------------------------------------------
+
+
+def test_embedding_logits_and_soft_embedding(ops: Ops, rng: np.random.Generator):
+    N, V, D = 7, 37, 24
+    (h, table), (rh, rtable) = pair(ops, rng.standard_normal((N, D)), 3 * rng.standard_normal((V, D)))
+    ids = rng.integers(0, V, (2, 5))
+    assert np.array_equal(ops.to_numpy(ops.embed(table, ops.asarray(ids))), rtable[ids])
+    assert np.array_equal(ops.to_numpy(ops.rows(table, 30, 99)), rtable[30:])
+    z = ops.logits(h, table, 30.0)
+    assert z.dtype == ops.aswide(np.zeros(1)).dtype
+    close(ops.to_numpy(z), REFERENCE.logits(rh, rtable, 30.0), tolerance(ops, 2), "logits")
+    p = rng.dirichlet(np.ones(V), N)
+    soft = ops.soft_embedding(ops.aswide(p), table)
+    close(ops.to_numpy(soft), p @ rtable, tolerance(ops, 2), "soft embedding")
+
+
+# ---- MLX ----------------------------------------------------------------------------------------
+
+
+def test_mlx_refuses_float16():
+    mx = pytest.importorskip("mlx.core")
+    from dgemma.errors import BackendError
+    from dgemma_mlx.ops import MlxOps
+
+    with pytest.raises(BackendError, match="not float16"):
+        MlxOps(mx.float16)
+
+
+def test_mlx_never_has_all_scores_at_once():
+    """Up to ten operations are in flight, each with a sixteenth of them; unchained it is all."""
+    mx = pytest.importorskip("mlx.core")
+    from dgemma_mlx.ops import MlxOps
+
+    ops, scores = MlxOps(), 4 * 4 * 256 * 1024
+    ops.score_bytes = scores // 16
+    q, k = mx.ones((1, 4, 256, 8)), mx.ones((1, 1, 1024, 8))
+    mx.eval(q, k)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(ops.attention(q, k, k, None, False, None))
+    assert mx.get_peak_memory() - before < 0.8 * scores

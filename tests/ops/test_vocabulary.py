@@ -1,0 +1,152 @@
+"""What the vocabulary says of a position (argmax, sample, entropy, soft embedding), and its memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from dgemma.ops import Guess, Ops
+from tests.compare import REFERENCE, backends, close, make, pair, rounding
+
+SOFTCAP, TEMPERATURE = 30.0, 0.7
+
+
+@pytest.fixture(params=backends("float32", "bfloat16", reference=True))
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return make(request.param)
+
+
+def guess(ops: Ops, h: np.ndarray, table: np.ndarray, uniforms: np.ndarray) -> tuple[Guess, np.ndarray]:
+    """The backend's statistics on the host, and the exact logits / temperature of the same rounded input."""
+    device, reference = pair(ops, h, table)
+    said = ops.vocabulary(*device, SOFTCAP, TEMPERATURE, ops.aswide(uniforms))
+    z = REFERENCE.logits(*reference, SOFTCAP) / TEMPERATURE
+    return Guess(*(ops.to_numpy(getattr(said, name)) for name in ("argmax", "sample", "entropy", "soft"))), z
+
+
+def probabilities(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.6, 3.0], ids=["flat", "mixed", "peaked"])
+@pytest.mark.parametrize(
+    "V, tile, N, rows", [(100, 32, 11, 4), (96, 32, 8, 8), (37, 64, 5, 256), (300, 7, 3, 1)]
+)
+def test_statistics(ops: Ops, V: int, tile: int, N: int, rows: int, scale: float):
+    rng = np.random.default_rng(V)
+    ops.vocab_tile, ops.vocab_rows = tile, rows
+    table = scale * rng.standard_normal((V, 24))
+    uniforms = np.r_[0.0, 1 - 2.0**-24, rng.random(N)].astype(np.float32)[:N]
+    said, z = guess(ops, rng.standard_normal((N, 24)), table, uniforms)
+    p = probabilities(z)
+    # A logit is off by one rounding, a probability relatively by twice that, the entropy H by H of that.
+    off = 2 * max(rounding(ops) / 2, 1e-6) * np.abs(z).max(-1)
+    here = np.arange(N)
+    assert (z[here, said.argmax] >= z.max(-1) - off).all()
+    # The first token whose cumulative probability exceeds the uniform, or where rounding leaves none, argmax.
+    reach = np.cumsum(p, -1)
+    assert ((said.sample >= 0) & (said.sample < V)).all()
+    none = (uniforms > 1 - 1e-6) & (said.sample == said.argmax)
+    assert (none | (reach[here, said.sample] >= uniforms - off - 1e-6)).all()
+    assert (reach[here, said.sample] - p[here, said.sample] <= uniforms + off + 1e-6).all()
+    assert said.sample[0] == 0
+    entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+    assert (np.abs(said.entropy - entropy) <= off * (1 + entropy) + 1e-5).all()
+    soft = p @ pair(ops, table)[1][0]
+    close(said.soft, soft, off.max() + 2 * rounding(ops) + 1e-5, "soft embedding")
+
+
+def test_tiles_and_row_blocks_change_nothing(ops: Ops):
+    rng = np.random.default_rng(1)
+    h, table, uniforms = rng.standard_normal((13, 16)), rng.standard_normal((90, 16)), rng.random(13)
+    whole, _ = guess(ops, h, table, uniforms)
+    ops.vocab_tile, ops.vocab_rows = 11, 4
+    tiled, _ = guess(ops, h, table, uniforms)
+    assert np.array_equal(whole.argmax, tiled.argmax)
+    assert np.array_equal(whole.sample, tiled.sample)
+    close(tiled.entropy, whole.entropy, 1e-5, "entropy")
+    close(tiled.soft, whole.soft, 1e-5 + rounding(ops), "soft embedding")
+
+
+def test_argmax_takes_the_first_of_equals(ops: Ops):
+    """Small integers are exact in every format, so equal rows have equal logits."""
+    ops.vocab_tile = 8
+    table = np.zeros((40, 4))
+    table[[13, 14, 21, 39]] = [1, 2, 0, 1]  # in one tile, and in others
+    table[[3, 30]] = [0, 0, 4, 0]
+    said, _ = guess(ops, np.array([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]) * 1.0, table, np.zeros(3))
+    assert said.argmax.tolist() == [13, 3, 0]
+
+
+def test_samples_follow_the_distribution(ops: Ops):
+    """Evenly spaced uniforms meet each token as often as its probability says, to within one."""
+    rng = np.random.default_rng(2)
+    ops.vocab_tile, M = 6, 1000
+    uniforms = (np.arange(M) + 0.5) / M
+    said, z = guess(
+        ops, np.tile(rng.standard_normal(8), (M, 1)), 0.5 * rng.standard_normal((20, 8)), uniforms
+    )
+    counts = np.bincount(said.sample, minlength=20)
+    slack = 1 + M * max(rounding(ops), 1e-5) * np.abs(z).max()
+    assert np.abs(counts - M * probabilities(z)[0]).max() <= slack
+
+
+def test_a_sample_exceeds_its_uniform(ops: Ops):
+    """Strictly: a uniform of 0 never picks a token of probability 0."""
+    uniforms = np.array([0.0, 0.25, 0.5, 0.75])
+    said, _ = guess(ops, np.zeros((4, 4)), np.ones((4, 4)), uniforms)  # four times exactly 1/4
+    assert said.sample.tolist() == [0, 1, 2, 3]
+    h, table = ops.asarray(np.ones((1, 4))), ops.asarray(np.repeat([[-100.0], [100.0]], 4, 1))
+    said = ops.vocabulary(h, table, SOFTCAP, 0.04, ops.aswide(np.zeros(1)))
+    assert ops.to_numpy(said.sample).tolist() == [1]
+
+
+@pytest.mark.parametrize("V", [2, 64, 1000])
+def test_entropy_at_its_ends(ops: Ops, V: int):
+    flat, _ = guess(ops, np.zeros((1, 4)), np.ones((V, 4)), np.zeros(1))
+    close(flat.entropy, [np.log(V)], 1e-5, "entropy of equals")
+    table = np.zeros((V, 4))
+    table[V - 1] = 100.0
+    sure, _ = guess(ops, np.ones((1, 4)), table, np.array([0.5]))
+    assert sure.argmax[0] == sure.sample[0] == V - 1
+    assert 0 <= sure.entropy[0] < 1e-6
+
+
+# ---- memory: one plane of logits [rows, V], never a second --------------------------------------
+
+N, V = 64, 16384
+
+
+def problem() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((N, 16)), rng.standard_normal((V, 16)), rng.random(N)
+
+
+def test_memory_numpy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(REFERENCE, "vocab_tile", V // 32, raising=False)
+    h, table, uniforms = problem()
+    tracemalloc.start()
+    REFERENCE.vocabulary(h, table, SOFTCAP, TEMPERATURE, uniforms)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 1.5 * N * V * 8
+
+
+@pytest.mark.parametrize("rows", [N, N // 4])
+def test_memory_mlx(rows: int):
+    """Up to ten operations are in flight, each with a tile; unchained this takes 3.5 planes."""
+    mx = pytest.importorskip("mlx.core")
+    from dgemma_mlx.ops import MlxOps
+
+    ops = MlxOps()
+    ops.vocab_tile, ops.vocab_rows = V // 32, rows
+    arrays = [mx.array(x.astype(np.float32)) for x in problem()]
+    mx.eval(arrays)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    said = ops.vocabulary(*arrays[:2], SOFTCAP, TEMPERATURE, arrays[2])
+    mx.eval(said.argmax, said.sample, said.entropy, said.soft)
+    assert mx.get_peak_memory() - before <= 2 * rows * V * 4
