@@ -1,0 +1,35 @@
+"""dgemma: an engine for DiffusionGemma, from one model graph to MLX, PyTorch CUDA and NumPy.
+
+    import dgemma
+    model = dgemma.load()                                    # the embedded model; or a folder or hub id
+    for event in model.generate([{"role": "user", "content": 'Reverse "canvas".'}], seed=0):
+        if isinstance(event, dgemma.Done):
+            print(event.text)
+
+No framework is imported before a backend is asked for.
+"""
+
+from .engine import Committed, Done, Draft, Event, Prefill, Stats
+from .errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
+from .loading import load
+from .model import Context, Model, Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "Committed",
+    "ConfigError",
+    "Context",
+    "DgemmaError",
+    "Done",
+    "Draft",
+    "Event",
+    "Model",
+    "Prefill",
+    "PromptError",
+    "Stats",
+    "Step",
+    "load",
+]

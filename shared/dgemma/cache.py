@@ -1,0 +1,101 @@
+"""Keys and values of an encoded context: one small interface, one plain implementation.
+
+Rows of a batch end together: a shorter row has padding at its front, so all rows append, drop and
+window at the same slots. Sliding layers keep their last window − 1 slots and `slack` more, which is
+what `trim` can take back. A backend with fixed-capacity buffers overrides `append` and `read`; a fork
+is independent of its origin whatever either does next.
+
+    B rows  T slots  G KV heads  C head size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .config import Config
+from .graph import KV
+from .ops import Ops
+
+
+class Cache:
+    """Per-layer keys and values [B, G, slots, C] of one context."""
+
+    def __init__(self, ops: Ops, config: Config):
+        self.ops, self.config = ops, config
+        self.length = 0  # slots, padding included
+        self.slack = config.canvas_length
+        self._layers: list[KV] = []
+
+    def append(self, new: Sequence[KV]) -> None:
+        """Add each layer's keys and values [B, G, n, C] behind those that are there."""
+        self.length += new[0][0].shape[2]
+        if self._layers:
+            join = self.ops.concat
+            new = [
+                (join([k, a], 2), join([v, b], 2)) for (k, v), (a, b) in zip(self._layers, new, strict=True)
+            ]
+        self._layers = [self._last(kv, self._kept(index)) for index, kv in enumerate(new)]
+
+    def read(self) -> list[KV]:
+        """What a pass may see: everything on full layers, the last window − 1 slots on sliding ones."""
+        return [
+            self._last(kv, layer.window - 1) if layer.window else kv
+            for kv, layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
+        ]
+
+    def fork(self, rows: Sequence[int] | None = None) -> Cache:
+        """A cache of these rows, in this order, each as often as named; of all when None.
+
+        Nothing here is ever written in place, so arrays are shared where rows stay as they are.
+        """
+        if rows is None:
+            return self._with(list(self._layers), self.length)
+        ids = self.ops.asarray(np.asarray(rows, np.int64))
+        return self._with(
+            [(self.ops.take(k, ids), self.ops.take(v, ids)) for k, v in self._layers], self.length
+        )
+
+    def trim(self, count: int) -> Cache:
+        """A cache without the last `count` slots; ValueError if sliding layers no longer hold enough."""
+        most = min(self.slack, self.length)
+        if not 0 <= count <= most:
+            raise ValueError(f"cannot take back {count} of {self.length} slots; at most {most}")
+        layers = [(k[:, :, : k.shape[2] - count], v[:, :, : v.shape[2] - count]) for k, v in self._layers]
+        return self._with(layers, self.length - count)
+
+    def merge(self, others: Sequence[Cache]) -> Cache:
+        """This cache's rows and then the others', shorter ones padded at the front."""
+        caches = [self, *others]
+        length = max(cache.length for cache in caches)
+        layers = []
+        for parts in zip(*(cache._layers for cache in caches), strict=True):
+            slots = max(k.shape[2] for k, _ in parts)
+            padded = [(self._pad(k, slots), self._pad(v, slots)) for k, v in parts]
+            layers.append(
+                (self.ops.concat([k for k, _ in padded], 0), self.ops.concat([v for _, v in padded], 0))
+            )
+        return self._with(layers, length)
+
+    def _with(self, layers: list[KV], length: int) -> Cache:
+        other = type(self)(self.ops, self.config)
+        other._layers, other.length = layers, length
+        return other
+
+    def _kept(self, index: int) -> int | None:
+        window = self.config.layers[index].window
+        return None if window is None else window - 1 + self.slack
+
+    def _last(self, kv: KV, count: int | None) -> KV:
+        k, v = kv
+        if count is None or k.shape[2] <= count:
+            return kv
+        first = k.shape[2] - count
+        return k[:, :, first:], v[:, :, first:]
+
+    def _pad(self, x, slots: int):  # type: ignore[no-untyped-def]
+        B, G, have, C = x.shape
+        if have == slots:
+            return x
+        return self.ops.concat([self.ops.asarray(np.zeros((B, G, slots - have, C), np.float32)), x], 2)

@@ -1,0 +1,307 @@
+"""The loop above the graph: canvases, commits and the rows of a batch, as a stream of typed events.
+
+A canvas is denoised until it is stable and confident, committed, and encoded into the context; the
+next one begins. A row that stopped leaves the batch at once: its canvas costs no more steps, its reply
+no more canvases. The last canvas of a reply is not encoded, because nothing would read it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import sampler
+from .chat import ToolCall
+from .config import GenerationConfig
+from .errors import PromptError
+from .model import Context, Model
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompt slots encoded so far, of all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row's canvas after one step.
+
+    `tokens` [L] is the argmax canvas, `accepted` [L] says which positions kept their sample, `entropy`
+    [L] is in nats. `step` counts from 1.
+    """
+
+    row: int
+    canvas: int
+    step: int
+    tokens: np.ndarray
+    accepted: np.ndarray
+    entropy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A row's canvas is final. `tokens` are its new ids, stop token included; `text` the new raw text."""
+
+    row: int
+    canvas: int
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a reply cost, by a wall clock that stops while the consumer holds an event.
+
+    Rows of a batch share the clock: it runs from the first event's request to the row's end.
+    """
+
+    prompt_tokens: int
+    tokens: int  # generated, stop token included
+    seconds: float
+    seconds_to_first_token: float
+    prefill_seconds: float
+    tokens_per_second: float  # tokens / seconds, prefill included
+    canvases: int
+    steps: int
+    steps_per_canvas: float
+    tokens_per_forward: float  # tokens / denoising steps
+    ms_per_step: float
+    peak_memory: int  # bytes
+    seed: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A row's reply. `finish_reason` is "stop", "tool_calls" or "length"; `tokens` include the stop id."""
+
+    row: int
+    tokens: list[int]
+    text: str
+    thinking: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    stats: Stats
+
+    def json(self) -> dict[str, Any]:
+        """The reply and its statistics as one flat dictionary."""
+        reply = {
+            "text": self.text,
+            "thinking": self.thinking,
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+            "token_ids": self.tokens,
+            "finish_reason": self.finish_reason,
+        }
+        return reply | asdict(self.stats)
+
+
+Event = Prefill | Draft | Committed | Done
+
+
+@dataclass
+class _Row:
+    """A reply in the making."""
+
+    index: int
+    id: int
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    canvases: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    first_token: float = 0.0
+
+
+def generate(
+    model: Model,
+    prompt: Sequence[Any],
+    *,
+    tools: Sequence[dict[str, Any]] | None = None,
+    thinking: bool = False,
+    seed: int | None = None,
+    row_ids: Sequence[int] | None = None,
+    **settings: Any,
+) -> Iterator[Event]:
+    """Replies to one prompt or a batch, as events; every row ends with a `Done`.
+
+    `prompt` is a conversation (list of messages), a list of token ids, or a list of either. `settings`
+    override the checkpoint's `GenerationConfig` by field name (steps, entropy_bound, max_new_tokens, …).
+    Without a `seed` one is drawn and reported. `row_ids` key each row's noise; by default an id
+    follows from the prompt itself, so that a row draws the same alone and in a batch. Closing the
+    iterator stops within a step. PromptError and ConfigError are raised before the first event.
+    """
+    config = model.generation.override(**settings)
+    prompts = _prompts(model, prompt, tools, thinking)
+    ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
+    if len(ids) != len(prompts):
+        raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
+    seed = secrets.randbits(63) if seed is None else seed
+    rows = [_Row(index, id, list(ids)) for index, (id, ids) in enumerate(zip(ids, prompts, strict=True))]
+    longest = max(len(p) for p in prompts) + config.max_new_tokens
+    if longest > model.config.max_positions:
+        raise PromptError(
+            f"prompt and max_new_tokens need {longest} positions, the model has {model.config.max_positions}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    return _Run(model, config, rows, seed).events()
+
+
+def _prompts(model: Model, prompt: Sequence[Any], tools: Any, thinking: bool) -> list[list[int]]:
+    """Token ids of each row, whatever form the prompt came in."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not len(prompt):
+        raise PromptError("a prompt is a list of messages, a list of token ids, or a list of either")
+    many = prompt if isinstance(prompt[0], list | tuple | np.ndarray) else [prompt]
+    return [
+        model.tokenizer.encode_chat(one, tools, thinking)
+        if len(one) and isinstance(one[0], dict)
+        else [int(i) for i in model.check_tokens(one)]
+        for one in many
+    ]
+
+
+class _Run:
+    """One call of `generate`: its rows, its clock."""
+
+    def __init__(self, model: Model, config: GenerationConfig, rows: list[_Row], seed: int):
+        self.model, self.config, self.rows, self.seed = model, config, rows, seed
+        self.began = 0.0
+        self.prefill_seconds = 0.0
+
+    def events(self) -> Iterator[Event]:
+        """The run's events. Its clock stands still while the consumer holds one."""
+        self.began = time.perf_counter()
+        for event in self._events():
+            held = time.perf_counter()
+            yield event
+            self.began += time.perf_counter() - held
+
+    def _events(self) -> Iterator[Event]:
+        context: Context | None = None
+        active, fresh = self.rows, [row.prompt for row in self.rows]
+        while active:
+            context = yield from self._prefill(fresh, context)
+            canvases = yield from self._canvas(context, active)
+            alive = []
+            for position, (row, canvas) in enumerate(zip(active, canvases, strict=True)):
+                reason = yield from self._commit(row, canvas)
+                if reason is None:
+                    alive.append(position)
+                else:
+                    yield self._done(row, reason)
+            fresh = [list(canvases[position]) for position in alive]
+            if len(alive) < len(active):
+                active, context = [active[i] for i in alive], context.fork(alive) if alive else None
+
+    def _prefill(self, tokens: list[list[int]], context: Context | None) -> Generator[Event, None, Context]:
+        """Encode the prompts, with events, or the committed canvases, without; returns the context."""
+        prefill = self.model.prefill(tokens, context)
+        while True:
+            try:
+                done, total = next(prefill)
+            except StopIteration as end:
+                self.prefill_seconds = self.prefill_seconds or time.perf_counter() - self.began
+                return end.value
+            if not self.prefill_seconds:
+                yield Prefill(done, total)
+
+    def _canvas(self, context: Context, rows: list[_Row]) -> Generator[Event, None, np.ndarray]:
+        """Denoise one canvas of every row; returns the committed canvases [B, L]."""
+        config, L, vocab = self.config, self.model.config.canvas_length, self.model.config.vocab_size
+        final = np.zeros((len(rows), L), np.int64)
+        live = np.arange(len(rows))
+        noise = self._noise(rows, vocab)
+        canvas, soft = noise.start(config.steps, L), None
+        stop = sampler.Stop(config, len(rows))
+        for n in range(config.steps, 0, -1):
+            started = time.perf_counter()
+            draw = noise.draw(n, L)
+            step = self.model.refine(
+                context,
+                canvas,
+                soft,
+                sampler.temperature(config, n),
+                *draw,
+                entropy_bound=config.entropy_bound,
+            )
+            spent = time.perf_counter() - started
+            for place, row in enumerate(live):
+                rows[row].steps += 1
+                rows[row].step_seconds += spent
+                number = config.steps - n + 1
+                yield Draft(
+                    rows[row].index, rows[row].canvases, number, step.argmax[place], step.accepted[place],
+                    step.entropy[place],
+                )  # fmt: skip
+            done = stop(step.argmax, step.entropy)
+            final[live] = step.argmax
+            if done.all():
+                break
+            canvas, soft = step.canvas, step.soft
+            if done.any():
+                keep = np.flatnonzero(~done)
+                live, canvas = live[keep], canvas[keep]
+                soft = self.model.ops.take(soft, self.model.ops.asarray(keep))
+                context, noise = context.fork(keep), self._noise([rows[row] for row in live], vocab)
+                stop.keep(keep)
+        return final
+
+    def _noise(self, rows: list[_Row], vocab: int) -> sampler.Noise:
+        return sampler.Noise(self.seed, tuple(row.id for row in rows), rows[0].canvases, vocab)
+
+    def _commit(self, row: _Row, canvas: np.ndarray) -> Generator[Event, None, str | None]:
+        """Append a final canvas to its reply; returns the finish reason, None while it goes on."""
+        room = self.config.max_new_tokens - len(row.tokens)
+        stops = np.flatnonzero(np.isin(canvas, self.config.stop_ids))
+        stopped = len(stops) > 0 and stops[0] < room
+        new = [int(token) for token in (canvas[: stops[0] + 1] if stopped else canvas[:room])]
+        row.tokens += new
+        row.canvases += 1
+        row.first_token = row.first_token or time.perf_counter() - self.began
+        yield Committed(row.index, row.canvases - 1, new, self._new_text(row, final=stopped))
+        if stopped:
+            return "stop"
+        return "length" if len(row.tokens) >= self.config.max_new_tokens else None
+
+    def _new_text(self, row: _Row, final: bool) -> str:
+        """Raw text that the reply gained; a character cut in half by the canvas edge waits for its rest."""
+        if self.model._tokenizer is None:
+            return ""
+        text = self.model.tokenizer.decode(row.tokens)
+        if not final:
+            text = text.rstrip("\ufffd")
+        new, row.shown = text[len(row.shown) :], text
+        return new
+
+    def _done(self, row: _Row, reason: str) -> Done:
+        seconds = time.perf_counter() - self.began
+        tokens, steps = len(row.tokens), row.steps
+        stats = Stats(
+            prompt_tokens=len(row.prompt),
+            tokens=tokens,
+            seconds=seconds,
+            seconds_to_first_token=row.first_token,
+            prefill_seconds=self.prefill_seconds,
+            tokens_per_second=tokens / seconds,
+            canvases=row.canvases,
+            steps=steps,
+            steps_per_canvas=steps / row.canvases,
+            tokens_per_forward=tokens / steps,
+            ms_per_step=1000 * row.step_seconds / steps,
+            peak_memory=self.model.ops.peak_memory(),
+            seed=self.seed,
+            backend=self.model.ops.name,
+        )
+        if self.model._tokenizer is None:
+            return Done(row.index, row.tokens, "", "", (), reason, stats)
+        reply = self.model.tokenizer.reply(row.tokens)
+        reason = "tool_calls" if reply.tool_calls and reason == "stop" else reason
+        return Done(row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats)

@@ -1,0 +1,285 @@
+"""A loaded model: the graph, its weights, its tokenizer, and the few calls everything else is made of.
+
+    model = dgemma.load()                               # the embedded model
+    context = model.encode([[2, 105, ...]])             # ragged lists of token ids
+    logits = model.logits(context, canvas)              # [B, L, V] float32 NumPy
+
+Passes are compiled by the backend where it can; everything that varies goes in as an array, everything
+else (padding or not, first step or not) picks the compiled variant.
+
+    B rows  L canvas positions  V vocabulary  D hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import graph, sampler
+from .cache import Cache
+from .config import Config, GenerationConfig
+from .errors import PromptError
+from .ops import Array, Ops
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .chat import Message
+    from .engine import Event
+    from .tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+# Prompt tokens a prefill pass takes at most; scores of one pass are [heads, chunk, context].
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Context:
+    """Encoded rows: a cache that canvases read, and each row's length in tokens, [B] int64."""
+
+    cache: Cache
+    lengths: np.ndarray
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some row has padding at its front."""
+        return bool((self.lengths < self.cache.length).any())
+
+    def fork(self, rows: Sequence[int] | np.ndarray) -> Context:
+        """These rows, in this order, each as often as named; independent of this context."""
+        rows = [int(row) for row in rows]
+        return Context(self.cache.fork(rows), self.lengths[rows])
+
+    def trim(self, count: int) -> Context:
+        """Without every row's last `count` tokens; ValueError beyond a canvas's length or a row's own."""
+        if count > self.lengths.min():
+            raise ValueError(f"cannot take back {count} tokens from a row of {self.lengths.min()}")
+        return Context(self.cache.trim(count), self.lengths - count)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One refinement of a canvas. NumPy on the host, but for `soft`, which stays on the device.
+
+    `canvas` [B, L]: accepted samples, fresh noise elsewhere: the next step's input. `argmax` [B, L]:
+    what would be committed. `entropy` [B, L] float32 nats; `accepted` [B, L] bool; `soft` [B, L, D].
+    """
+
+    canvas: np.ndarray
+    argmax: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    soft: Array
+
+
+class Model:
+    """See the module. Made by `dgemma.load`; not thread-safe."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: Config,
+        generation: GenerationConfig,
+        weights: Weights,
+        tokenizer: Tokenizer | None,
+    ):
+        self.ops, self.config, self.generation = ops, config, generation
+        self.weights, self._tokenizer = weights, tokenizer
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
+        return self._tokenizer
+
+    # ---- contexts -------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        context: Context | None = None,
+        progress: Progress | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Context:
+        """Encode rows of token ids, or append them to a context's rows (which stays usable).
+
+        Rows may differ in length. `progress(done, total)` counts slots. PromptError for an empty row,
+        an id outside the vocabulary, or a context beyond max_position_embeddings.
+        """
+        prefill = self.prefill(tokens, context, chunk)
+        while True:
+            try:
+                done, total = next(prefill)
+            except StopIteration as end:
+                return end.value
+            if progress:
+                progress(done, total)
+
+    def prefill(
+        self, tokens: Sequence[Sequence[int]], context: Context | None = None, chunk: int = PREFILL_CHUNK
+    ) -> Generator[tuple[int, int], None, Context]:
+        """`encode` as a generator: yields (done, total) slots after every chunk, returns the context."""
+        rows = [self.check_tokens(row) for row in tokens]
+        if context is None:
+            return (yield from self._prefill_rows(rows, None, chunk))
+        if len(rows) != len(context.lengths):
+            raise PromptError(f"{len(rows)} rows of tokens for a context of {len(context.lengths)} rows")
+        if len({len(row) for row in rows}) == 1:
+            return (yield from self._prefill_rows(rows, context, chunk))
+        # Rows end together, so rows that grow by different amounts are encoded apart and joined again.
+        parts = []
+        for b, row in enumerate(rows):
+            parts.append((yield from self._prefill_rows([row], context.fork([b]), chunk)))
+        cache = parts[0].cache.merge([part.cache for part in parts[1:]])
+        return Context(cache, np.concatenate([part.lengths for part in parts]))
+
+    def check_tokens(self, row: Sequence[int]) -> np.ndarray:
+        """A row of token ids as an array; PromptError if it is empty or holds anything else."""
+        ids = np.asarray(row)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise PromptError("a row of tokens must be a non-empty list of integers")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
+            raise PromptError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        return ids
+
+    def _prefill_rows(
+        self, rows: list[np.ndarray], context: Context | None, chunk: int
+    ) -> Generator[tuple[int, int], None, Context]:
+        slots = max(len(row) for row in rows)
+        lengths = np.array([len(row) for row in rows]) + (0 if context is None else context.lengths)
+        if lengths.max() > self.config.max_positions:
+            raise PromptError(
+                f"{lengths.max()} tokens exceed the model's {self.config.max_positions} positions"
+            )
+        tokens = np.full((len(rows), slots), self.config.pad_id)
+        for b, row in enumerate(rows):
+            tokens[b, slots - len(row) :] = row
+        cache = self.ops.cache(self.config) if context is None else context.cache.fork()
+        for start in range(0, slots, chunk):
+            part = tokens[:, start : start + chunk]
+            cache.append(self._encode(part, lengths - slots + start, cache))
+            yield start + part.shape[1], slots
+        return Context(cache, lengths)
+
+    def _encode(self, tokens: np.ndarray, offset: np.ndarray, cache: Cache) -> list[graph.KV]:
+        ragged = bool((offset < cache.length).any())
+        past = cache.read()
+
+        def run(tokens: Array, offset: Array, past: list[graph.KV]) -> list[graph.KV]:
+            return graph.encode(
+                self.ops, self.config, self.weights, tokens, offset, past or None, ragged=ragged
+            )
+
+        ops = self.ops
+        new = self._variant(run, "encode", ragged, bool(past))(ops.asarray(tokens), ops.asarray(offset), past)
+        ops.settle(new)
+        return new
+
+    def _variant(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
+        if key not in self._compiled:
+            self._compiled[key] = self.ops.compile(function)
+        return self._compiled[key]
+
+    # ---- canvases -------------------------------------------------------------------------------
+
+    def logits(self, context: Context, canvas: Any, soft: Any = None) -> np.ndarray:
+        """Softcapped logits before temperature, float32 [B, L, V], of canvas [B, L] token ids.
+
+        `soft` [B, L, D] is the previous step's soft embedding (`Step.soft` or NumPy), None on a first
+        step. The whole [B, L, V] plane is made: for looking, not for generating.
+        """
+        ops, w = self.ops, self.weights
+        ragged = context.ragged
+
+        def run(canvas: Array, offset: Array, past: list[graph.KV], *soft: Array) -> Array:
+            signal = soft[0] if soft else None
+            h = graph.denoise(ops, self.config, w, canvas, signal, offset, past, ragged=ragged)
+            return ops.logits(h, w.embed, self.config.softcap)
+
+        run = self._variant(run, "logits", ragged, soft is not None)
+        z = run(*self._inputs(context, canvas), context.cache.read(), *self._signal(soft))
+        return ops.to_numpy(z).astype(np.float32)
+
+    def soft_embedding(self, probs: Any) -> Array:
+        """Probabilities [B, L, V] -> their mean embedding [B, L, D] on the device, before the √D factor."""
+        probs = self.ops.aswide(np.asarray(probs)) if isinstance(probs, np.ndarray | list) else probs
+        return self.ops.soft_embedding(probs, self.weights.embed)
+
+    def refine(
+        self,
+        context: Context,
+        canvas: Any,
+        soft: Any,
+        temperature: float,
+        uniforms: np.ndarray,
+        noise: np.ndarray,
+        entropy_bound: float | None = None,
+    ) -> Step:
+        """One denoising step of canvas [B, L] at a temperature.
+
+        `uniforms` [B, L] in [0, 1) pick each position's sample; `noise` [B, L] are the tokens that
+        positions outside the entropy bound (default: the checkpoint's) are refilled with. One host read.
+        """
+        ops, ragged = self.ops, context.ragged
+
+        def run(  # type: ignore[no-untyped-def]
+            canvas: Array,
+            offset: Array,
+            past: list[graph.KV],
+            temperature: Array,
+            uniforms: Array,
+            *soft: Array,
+        ):
+            signal = soft[0] if soft else None
+            guess = graph.step(
+                ops,
+                self.config,
+                self.weights,
+                canvas,
+                signal,
+                offset,
+                past,
+                temperature,
+                uniforms,
+                ragged=ragged,
+            )
+            # Ids are exact in float32 (below 2^24), so one array carries all that the host needs.
+            host = [ops.wide(guess.argmax)[None], ops.wide(guess.sample)[None], guess.entropy[None]]
+            return ops.concat(host, 0), guess.soft.reshape(*canvas.shape, -1)
+
+        run = self._variant(run, "refine", ragged, soft is not None)
+        scalars = ops.aswide(np.asarray(temperature)), ops.aswide(np.asarray(uniforms))
+        host, new_soft = run(
+            *self._inputs(context, canvas), context.cache.read(), *scalars, *self._signal(soft)
+        )
+        argmax, sample, entropy = ops.to_numpy(host).reshape(3, *np.shape(canvas))
+        bound = self.generation.entropy_bound if entropy_bound is None else entropy_bound
+        accepted = sampler.accept(entropy, bound)
+        refilled = np.where(accepted, sample, noise).astype(np.int64)
+        return Step(refilled, argmax.astype(np.int64), entropy.astype(np.float32), accepted, new_soft)
+
+    def _inputs(self, context: Context, canvas: Any) -> tuple[Array, Array]:
+        canvas = np.asarray(canvas)
+        if canvas.ndim != 2 or len(canvas) != len(context.lengths) or canvas.dtype.kind not in "iu":
+            raise PromptError(f"a canvas must be [{len(context.lengths)}, L] token ids, found {canvas.shape}")
+        if canvas.size == 0 or canvas.min() < 0 or canvas.max() >= self.config.vocab_size:
+            raise PromptError(f"a canvas token is outside the vocabulary of {self.config.vocab_size}")
+        return self.ops.asarray(canvas), self.ops.asarray(context.lengths)
+
+    def _signal(self, soft: Any) -> tuple[Array, ...]:
+        if soft is None:
+            return ()
+        return (self.ops.asarray(soft) if isinstance(soft, np.ndarray) else soft,)
+
+    # ---- replies --------------------------------------------------------------------------------
+
+    def generate(self, prompt: Sequence[Any], **options: Any) -> Iterator[Event]:
+        """Generate replies; see `dgemma.engine.generate` for the options and the events."""
+        from .engine import generate
+
+        return generate(self, prompt, **options)
