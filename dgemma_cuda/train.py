@@ -1,0 +1,317 @@
+"""Trains the embedded model on its toy tasks, with the engine's own graph under autograd.
+
+    python -m dgemma_cuda.train --steps 8000 --state DIR
+
+The recipe: the prompt (and the canvases already written) goes to the encoder; the answer's next canvas
+has each token replaced by a uniform random one with probability t, and the model predicts the clean
+canvas. Half of the rows are conditioned on the detached soft prediction of a first pass. The state is
+saved as it goes and an interrupted run continues; the result is a bf16 Hugging Face checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dgemma import graph
+from dgemma.chat import ChatTemplate
+from dgemma.config import Config, read_config
+from dgemma.ops import Array
+from dgemma.spec import Param, text_parameters
+from dgemma.tiny import MODEL_DIR, tasks
+from dgemma.tiny import tokenizer as tiny_tokenizer
+from dgemma.tiny.geometry import CONFIG, GENERATION_CONFIG
+from dgemma.weights import build, rope_frequencies
+
+from .ops import CudaOps
+
+# How often each task is drawn: the arithmetic ones learn slowest.
+MIXTURE = {
+    "add": 2.5,
+    "subtract": 2.5,
+    "reverse": 1.5,
+    "sort": 1.5,
+    "json": 1.5,
+    "repair": 1.5,
+    "replace": 1.5,
+    "count": 1.5,
+    "think": 2.5,
+    "tool": 1.5,
+}
+# Rows a batch by context slots: contexts are padded on the left to one of these lengths, so that
+# compilation sees four shapes.
+BUCKETS = {32: 128, 64: 96, 128: 48, 256: 24}
+FILL_ID = 1  # after the stop token a canvas is filled with <eos>
+FILL_WEIGHT = 0.3  # of a filler position's loss: most of a short answer's canvas is filler
+PURE_NOISE = 0.25  # share of canvases that are all noise, as at the first step of every canvas
+
+
+class TrainOps(CudaOps):
+    """The backend with two composites in a form that CPUs differentiate fast.
+
+    Experts are computed densely, every expert for every token: eight times narrow is one wide product.
+    Attention is spelled out, because the CPU's fused kernel is slow backwards at these sizes.
+    """
+
+    def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        E, M2, D = gate_up.shape
+        share = torch.zeros(len(x), E, device=x.device).scatter(1, ids, weights).to(x.dtype)
+        y = F.linear(x, gate_up.reshape(E * M2, D)).reshape(-1, E, M2)
+        y = self.geglu(y[..., : M2 // 2], y[..., M2 // 2 :]) * share[:, :, None]
+        return F.linear(y.reshape(-1, E * M2 // 2), down.transpose(0, 1).reshape(D, -1))
+
+    def attention(
+        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
+    ) -> Array:
+        B, H, L, C = q.shape
+        G, S = k.shape[1], k.shape[2]
+        k, v = k.reshape(B * G, S, C), v.reshape(B * G, S, C)
+        scores = (q.reshape(B * G, H // G * L, C) @ k.transpose(1, 2)).reshape(B, H, L, S).float()
+        mask = self.visible(L, S, pad, causal, window)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -1e30)
+        p = torch.softmax(scores, -1).to(q.dtype)
+        return (p.reshape(B * G, H // G * L, S) @ v).reshape(B, H, L, C)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts [B, P] padded on the left, their first position [B] (negative in padding), canvases [B, L]."""
+
+    context: torch.Tensor
+    offset: torch.Tensor
+    canvas: torch.Tensor
+
+
+class Sampler:
+    """Endless batches of training examples, one bucket of context length at a time."""
+
+    def __init__(self, canvas_length: int, window: int):
+        self.canvas_length, self.window = canvas_length, window
+        self.tokenizer = tiny_tokenizer.build_tokenizer()
+        self.template = ChatTemplate(tiny_tokenizer.chat_template(), {"bos_token": "<bos>"})
+        names = list(MIXTURE)
+        shares = np.array([MIXTURE[name] for name in names])
+        self.names, self.shares = names, shares / shares.sum()
+
+    def encode(self, example: tasks.Example) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the answer."""
+        prompt = self.template.render(example.messages, example.tools, example.thinking)
+        ids = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, example.answer)]
+        return ids[0], ids[1]
+
+    def pair(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """A context and the full canvas that follows it, from a random canvas of a random answer."""
+        while True:
+            example = tasks.sample(rng, self.names[rng.choice(len(self.names), p=self.shares)])
+            if not tasks.held_out(example):
+                break
+        prompt, answer = self.encode(example)
+        L = self.canvas_length
+        start = L * int(rng.integers(0, math.ceil(len(answer) / L)))
+        canvas = answer[start : start + L]
+        return prompt + answer[:start], canvas + [FILL_ID] * (L - len(canvas))
+
+    def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+        waiting: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+        while True:
+            context, canvas = self.pair(rng)
+            bucket = next(size for size in BUCKETS if len(context) <= size)
+            waiting[bucket].append((context, canvas))
+            if len(waiting[bucket]) == BUCKETS[bucket]:
+                yield collate(waiting.pop(bucket), bucket)
+
+
+def collate(pairs: list[tuple[list[int], list[int]]], slots: int) -> Batch:
+    """Tensors of pairs whose contexts have at most `slots` tokens."""
+    context = [[0] * (slots - len(c)) + c for c, _ in pairs]
+    offset = [len(c) - slots for c, _ in pairs]
+    return Batch(torch.tensor(context), torch.tensor(offset), torch.tensor([canvas for _, canvas in pairs]))
+
+
+class Trainer:
+    """Parameters, optimizer and the loss of one batch."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, compiled: bool, seed: int):
+        self.config, self.ops = config, TrainOps("cpu", dtype)
+        self.table = text_parameters(config)
+        generator = torch.Generator().manual_seed(seed)
+        self.params = {p.name: nn.Parameter(initial(p, config, generator)) for p in self.table}
+        self.frequencies = {layer.kind: self.ops.aswide(rope_frequencies(layer)) for layer in config.layers}
+        matrices = [w for w in self.params.values() if w.ndim > 1]
+        vectors = [w for w in self.params.values() if w.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+
+    def weights(self) -> Any:
+        """The graph's tree over the parameters, cast to the compute type; the router stays wide."""
+        constants = {"embed_scale": self.config.hidden_size**0.5, "frequencies": self.frequencies}
+
+        def leaf(p: Param) -> Array:
+            w = self.params[p.name]
+            return w if p.group == "router" else self.ops.compute(w)
+
+        return build(self.config, self.table, leaf, constants)
+
+    def _loss(
+        self, batch: Batch, noisy: torch.Tensor, conditioned: torch.Tensor, temperature: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean cross-entropy over canvas positions; `conditioned` [B] says which rows see a first pass."""
+        ops, config, w = self.ops, self.config, self.weights()
+        new = graph.encode(ops, config, w, batch.context, batch.offset, None, ragged=True)
+        past = [
+            (k[:, :, 1 - layer.window :], v[:, :, 1 - layer.window :]) if layer.window else (k, v)
+            for layer, (k, v) in zip(config.layers, new, strict=True)
+        ]
+        offset = batch.offset + batch.context.shape[1]
+
+        def logits(soft: torch.Tensor | None) -> torch.Tensor:
+            h = graph.denoise(ops, config, w, noisy, soft, offset, past, ragged=True)
+            return ops.logits(h, w.embed, config.softcap)
+
+        with torch.no_grad():
+            p = torch.softmax(logits(None) / temperature[:, None, None], -1)
+            soft = ops.soft_embedding(p, w.embed) * conditioned[:, None, None].to(ops.dtype)
+        z = logits(soft.detach()).flatten(0, 1)
+        target = batch.canvas.flatten()
+        # The first filler position matters as much as the answer; the run of filler behind it does not.
+        filler = (batch.canvas == FILL_ID).flatten()
+        share = torch.where(filler, FILL_WEIGHT, 1.0)
+        return (F.cross_entropy(z, target, reduction="none") * share).sum() / share.sum()
+
+    def step(self, batch: Batch, rng: torch.Generator, lr: float) -> float:
+        """One update; returns the loss."""
+        noisy, conditioned, temperature = corrupt(batch.canvas, self.config.vocab_size, rng)
+        loss = self.loss(batch, noisy, conditioned, temperature)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params.values(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+
+def corrupt(
+    canvas: torch.Tensor, vocab_size: int, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy canvas [B, L], which rows are self-conditioned [B], and the first pass's temperature [B]."""
+    B, L = canvas.shape
+    t = torch.rand(B, generator=rng)
+    t = torch.where(torch.rand(B, generator=rng) < PURE_NOISE, 1.0, t)
+    noise = torch.randint(0, vocab_size, (B, L), generator=rng)
+    noisy = torch.where(torch.rand(B, L, generator=rng) < t[:, None], noise, canvas)
+    conditioned = torch.rand(B, generator=rng) < 0.5
+    # The sampler anneals between these two, and conditions on the tempered prediction.
+    low, high = GENERATION_CONFIG["t_min"], GENERATION_CONFIG["t_max"]
+    return noisy, conditioned, low + (high - low) * torch.rand(B, generator=rng)
+
+
+def initial(param: Param, config: Config, generator: torch.Generator) -> torch.Tensor:
+    """Initial values: matrices by fan-in, norms 1, q_norm such that scores start near unit variance."""
+    if len(param.shape) == 1:
+        value = param.shape[0] ** -0.5 if param.path[-1] == "q_norm" else 1.0
+        return torch.full(param.shape, value)
+    return torch.randn(param.shape, generator=generator) * param.shape[-1] ** -0.5
+
+
+def schedule(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to 2 % of the peak."""
+    warm = min(1.0, (step + 1) / 200)
+    return peak * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+def save_state(trainer: Trainer, step: int, folder: Path) -> None:
+    """Parameters and optimizer, replaced in one rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    moments = trainer.optimizer.state_dict()["state"]
+    tensors = {f"param.{name}": w.detach() for name, w in trainer.params.items()}
+    tensors |= {f"moment.{i}.{key}": v for i, own in moments.items() for key, v in own.items()}
+    save_file(tensors, folder / "state.tmp", metadata={"step": str(step)})
+    os.replace(folder / "state.tmp", folder / "state.safetensors")
+    (folder / "step.json").write_text(json.dumps({"step": step}))
+
+
+def load_state(trainer: Trainer, folder: Path, weights_only: bool) -> int:
+    """Continue from `save_state`; returns the step (0 when there is nothing, or only weights are taken)."""
+    if not (folder / "state.safetensors").exists():
+        return 0
+    tensors = load_file(folder / "state.safetensors")
+    with torch.no_grad():
+        for name, w in trainer.params.items():
+            w.copy_(tensors[f"param.{name}"])
+    if weights_only:
+        return 0
+    state = trainer.optimizer.state_dict()
+    state["state"] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if name.startswith("moment."):
+            _, index, key = name.split(".")
+            state["state"][int(index)][key] = tensor
+    trainer.optimizer.load_state_dict(state)
+    return json.loads((folder / "step.json").read_text())["step"]
+
+
+def write_checkpoint(trainer: Trainer, folder: Path) -> None:
+    """The parameters as a bf16 Hugging Face checkpoint with tokenizer, template and configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: w.detach().to(torch.bfloat16).contiguous() for name, w in trainer.params.items()}
+    save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2) + "\n")
+    tiny_tokenizer.write(folder)
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option("--steps", default=8000, show_default=True, help="Updates in all, resumed ones included.")
+@click.option("--state", type=click.Path(path_type=Path), default=Path("train-state"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=MODEL_DIR, help="Where the checkpoint goes.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Needs a C++ compiler.")
+@click.option("--warm", type=click.Path(path_type=Path), help="Start from the weights of this state folder.")
+def main(
+    steps: int, state: Path, out: Path, seed: int, lr: float, dtype: str, compiled: bool, warm: Path | None
+) -> None:
+    config = read_config(CONFIG)
+    trainer = Trainer(config, getattr(torch, dtype), compiled, seed)
+    if warm is not None:
+        load_state(trainer, warm, weights_only=True)
+    first = load_state(trainer, state, weights_only=False)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    batches = Sampler(config.canvas_length, config.window or 0).batches(np.random.default_rng([seed, first]))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    average = 0.0
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        bar = progress.add_task("training", total=steps, completed=first)
+        for step in range(first, steps):
+            loss = trainer.step(next(batches), rng, schedule(step, steps, lr))
+            average = loss if step == first else 0.98 * average + 0.02 * loss
+            progress.update(bar, completed=step + 1, description=f"loss {average:.4f}")
+            if (step + 1) % 250 == 0 or step + 1 == steps:
+                save_state(trainer, step + 1, state)
+                write_checkpoint(trainer, out)
+                progress.console.print(f"step {step + 1}: loss {average:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Held-out evaluation of the embedded model: accuracy, tokens a forward and steps a canvas, by task.
+
+    python -m dgemma.tiny.evaluate --count 200
+
+Only questions that training skipped are asked, with the checkpoint's own sampler. The same command
+judges any checkpoint of the tiny model, a quantized one too: steps a canvas is what quantization costs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dgemma.engine import Done
+from dgemma.errors import DgemmaError
+from dgemma.loading import BACKENDS, DTYPES, load
+from dgemma.model import Model
+
+from . import tasks
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task's result over `count` prompts; `tokens_per_forward` and `steps_per_canvas` are pooled."""
+
+    task: str
+    count: int
+    accuracy: float
+    tokens_per_forward: float
+    steps_per_canvas: float
+
+
+def held_out(task: str, count: int, seed: int = 0) -> list[tasks.Example]:
+    """`count` examples of a task that training never saw."""
+    rng = np.random.default_rng([seed, *task.encode()])
+    found: list[tasks.Example] = []
+    while len(found) < count:
+        example = tasks.sample(rng, task)
+        if tasks.held_out(example):
+            found.append(example)
+    return found
+
+
+def replies(
+    model: Model, examples: list[tasks.Example], seed: int, batch: int, **settings: Any
+) -> list[Done]:
+    """The model's reply to each example, in order, generated in batches."""
+    done: list[Done] = []
+    for start in range(0, len(examples), batch):
+        part = examples[start : start + batch]
+        prompts = [model.tokenizer.encode_chat(e.messages, e.tools, e.thinking) for e in part]
+        events = model.generate(prompts, seed=seed, **settings)
+        done += sorted((e for e in events if isinstance(e, Done)), key=lambda e: e.row)
+    return done
+
+
+def score(model: Model, task: str, count: int, seed: int = 0, batch: int = 32, **settings: Any) -> Score:
+    """Ask `count` held-out questions of a task."""
+    examples = held_out(task, count, seed)
+    done = replies(model, examples, seed, batch, **settings)
+    right = [
+        tasks.correct(example, model.tokenizer.decode(reply.tokens))
+        for example, reply in zip(examples, done, strict=True)
+    ]
+    steps = sum(reply.stats.steps for reply in done)
+    canvases = sum(reply.stats.canvases for reply in done)
+    tokens = sum(reply.stats.tokens for reply in done)
+    return Score(task, count, sum(right) / count, tokens / steps, steps / canvases)
+
+
+def table(scores: Iterable[Score]) -> Table:
+    """The scores as a printed table."""
+    out = Table("task", box=None)
+    for header in ("prompts", "accuracy", "tokens/forward", "steps/canvas"):
+        out.add_column(header, justify="right")
+    for s in scores:
+        cells = f"{s.accuracy:.1%}", f"{s.tokens_per_forward:.1f}", f"{s.steps_per_canvas:.1f}"
+        out.add_row(s.task, str(s.count), *cells)
+    return out
+
+
+@click.command(help=__doc__.partition("\n")[0] if __doc__ else None)
+@click.option("--model", help="Checkpoint folder; default the embedded model.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES))
+@click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Prompts a task.")
+@click.option("--task", "chosen", type=click.Choice(list(tasks.TASKS)), multiple=True, help="Default: all.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a task on stdout.")
+def main(
+    model: str | None,
+    backend: str,
+    dtype: str | None,
+    count: int,
+    chosen: tuple[str, ...],
+    seed: int,
+    batch: int,
+    as_json: bool,
+) -> None:
+    try:
+        loaded = load(model, backend, dtype)
+        err = Console(file=sys.stderr)
+        names = track(chosen or tuple(tasks.TASKS), "evaluating", console=err, disable=not err.is_terminal)
+        scores = [score(loaded, task, count, seed, batch) for task in names]
+    except DgemmaError as error:
+        raise click.ClickException(str(error)) from None
+    if as_json:
+        for s in scores:
+            click.echo(json.dumps(asdict(s)))
+    else:
+        Console().print(table(scores))
+
+
+if __name__ == "__main__":
+    main()
