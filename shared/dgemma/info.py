@@ -1,0 +1,290 @@
+"""What a checkpoint's geometry says of its size and of the memory that running it takes.
+
+Everything is arithmetic over config.json and the parameter table, so a model can be judged before its
+weights are downloaded. What a framework allocates besides (activations, compiled kernels) is not in the
+numbers; it is small beside them at full size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, resolve
+from .config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
+from .errors import CheckpointError
+from .ops import Ops
+from .spec import GROUPS, Param, parameters, text_parameters
+
+CONTEXTS = (1024, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a backend holds numbers, in bytes each: weights and cache, and what it calls wide."""
+
+    backends: str
+    dtype: str
+    compute: int
+    wide: int
+
+
+FORMATS = (
+    Format("mlx, cuda", "bfloat16", 2, 4),
+    Format("mlx, cuda", "float32", 4, 4),
+    Format("numpy", "float64", 8, 8),
+)
+
+# ---- the arithmetic -----------------------------------------------------------------------------
+
+
+def parameter_counts(config: Config) -> dict[str, int]:
+    """Stored parameters by class, classes without any left out."""
+    return _by_group(parameters(config))
+
+
+def active_parameters(config: Config) -> dict[str, int]:
+    """Parameters that one token of text passes through: the text model with `top_k` of its experts."""
+    counts = _by_group(text_parameters(config))
+    return counts | {"experts": counts["experts"] * config.top_k // config.num_experts}
+
+
+def _by_group(table: Sequence[Param]) -> dict[str, int]:
+    counts = {group: sum(param.size for param in table if param.group == group) for group in GROUPS}
+    return {group: count for group, count in counts.items() if count}
+
+
+def weight_bytes(config: Config, form: Format) -> int:
+    """Loaded weights: the text model in the compute type, its router in the wide one."""
+    return sum(
+        param.size * (form.wide if param.group == "router" else form.compute)
+        for param in text_parameters(config)
+    )
+
+
+def kv_slot_bytes(layer: LayerConfig, form: Format) -> int:
+    """Key and value of one token in one layer. Both are kept also where V is made from K's projection."""
+    return 2 * layer.kv_heads * layer.head_dim * form.compute
+
+
+def kv_bytes(config: Config, form: Format, tokens: int) -> int:
+    """Keys and values of a context in all layers.
+
+    Full layers keep every token; sliding ones window − 1 and a canvas, which is what taking a canvas
+    back needs.
+    """
+    return sum(
+        kv_slot_bytes(layer, form)
+        * (min(tokens, layer.window - 1 + config.canvas_length) if layer.window else tokens)
+        for layer in config.layers
+    )
+
+
+def vocabulary_bytes(config: Config, form: Format) -> int:
+    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions at once, wide."""
+    return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
+
+
+def memory(config: Config, form: Format) -> dict[str, Any]:
+    """Bytes that one row of a batch needs in this format, by part and by context length."""
+    contexts = [tokens for tokens in CONTEXTS if tokens <= config.max_positions]
+    if config.max_positions < CONTEXTS[-1] and config.max_positions not in contexts:
+        contexts.append(config.max_positions)
+    weights, plane = weight_bytes(config, form), vocabulary_bytes(config, form)
+    kv = {tokens: kv_bytes(config, form, tokens) for tokens in contexts}
+    return {
+        "backends": form.backends,
+        "dtype": form.dtype,
+        "weights": weights,
+        "vocabulary_plane": plane,
+        "kv_per_1k_tokens_full": 1024
+        * sum(kv_slot_bytes(layer, form) for layer in config.layers if not layer.window),
+        "kv_sliding_at_most": sum(
+            kv_slot_bytes(layer, form) * (layer.window - 1 + config.canvas_length)
+            for layer in config.layers
+            if layer.window
+        ),
+        "kv": kv,
+        "total": {tokens: weights + plane + kv[tokens] for tokens in contexts},
+    }
+
+
+# ---- a checkpoint's report ----------------------------------------------------------------------
+
+
+def describe(model: str | Path) -> dict[str, Any]:
+    """All that `dgemma info` knows of a folder or hub id, ready for JSON.
+
+    A folder with nothing but config.json will do, and of a hub id nothing else is downloaded. `stored`
+    is null where no weights are at hand.
+    """
+    folder = find(model)
+    path = folder / "config.json"
+    config = read_config(load_json(path), str(path))
+    counts, active = parameter_counts(config), active_parameters(config)
+    return {
+        "model": str(model),
+        "geometry": geometry(config),
+        "parameters": {"total": sum(counts.values()), "active": sum(active.values()), "by_class": counts},
+        "tensors": len(parameters(config)),
+        "bfloat16_bytes": {
+            "total": 2 * sum(counts.values()),
+            "by_class": {k: 2 * n for k, n in counts.items()},
+        },
+        "stored_bytes": stored_bytes(folder, config),
+        "memory": [memory(config, form) for form in FORMATS],
+    }
+
+
+def find(model: str | Path) -> Path:
+    """The folder with a model's config.json; of a hub id only this one file is fetched."""
+    if Path(model).expanduser().exists() or str(model).count("/") != 1 or str(model)[0] in "./~":
+        return resolve(model)
+    from huggingface_hub import errors, hf_hub_download
+
+    repo, _, revision = str(model).partition("@")
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{str(model)!r}: neither a folder here nor a model that the hub hands out ({reason})"
+        ) from None
+
+
+def geometry(config: Config) -> dict[str, Any]:
+    """The sizes that a reader of the model's paper would look for."""
+    kinds = {layer.kind: layer for layer in config.layers}
+    return {
+        "layers": len(config.layers),
+        "full_attention_layers": [index for index, layer in enumerate(config.layers) if layer.kind == FULL],
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "canvas_length": config.canvas_length,
+        "max_positions": config.max_positions,
+        "query_heads": config.heads,
+        "kv_heads": {kind: layer.kv_heads for kind, layer in kinds.items()},
+        "head_dim": {kind: layer.head_dim for kind, layer in kinds.items()},
+        "window": config.window,
+        "mlp_size": config.mlp_size,
+        "experts": config.num_experts,
+        "experts_per_token": config.top_k,
+        "expert_size": config.expert_size,
+        "vision_layers": config.vision.layers if config.vision else 0,
+    }
+
+
+def stored_bytes(folder: Path, config: Config) -> dict[str, Any] | None:
+    """Bytes of the tensors in the folder's files by class, None where it has no files of weights."""
+    if not any(folder.glob("*.safetensors*")):
+        return None
+    entries = Checkpoint.open(folder).entries
+    groups = {param.name: param.group for param in parameters(config)}
+    by_class = dict.fromkeys(GROUPS, 0) | {"other": 0}
+    for name, entry in entries.items():
+        by_class[groups.get(name, "other")] += entry.nbytes
+    return {"total": sum(by_class.values()), "by_class": {k: n for k, n in by_class.items() if n}}
+
+
+# ---- as text ------------------------------------------------------------------------------------
+
+
+def amount(value: float) -> str:
+    """Bytes with the unit that leaves one to three digits before the point, powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def count(value: float) -> str:
+    """A number of parameters in short: 25.82 B, 3.4 M."""
+    if value >= 1e9:
+        return f"{value / 1e9:.2f} B"
+    return (
+        f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value / 1e3:.1f} k" if value >= 1e3 else f"{value:.0f}"
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows in columns as wide as they need, the first to the left and the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report of `describe` to read."""
+    parts = [_geometry_text(report), _parameters_text(report), _memory_text(report["memory"])]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _geometry_text(report: dict[str, Any]) -> list[str]:
+    g = report["geometry"]
+    full = ", ".join(str(index) for index in g["full_attention_layers"]) or "none"
+    heads = [
+        f"{g['kv_heads'][kind]} × {g['head_dim'][kind]} in {name} layers"
+        for kind, name in ((SLIDING, "sliding"), (FULL, "full"))
+        if kind in g["kv_heads"]
+    ]
+    window = f", the others slide over {g['window']:,} tokens" if g["window"] else ""
+    facts = {
+        "layers": f"{g['layers']}; full attention in {full}{window}",
+        "hidden, vocabulary": f"{g['hidden_size']:,}, {g['vocab_size']:,}",
+        "canvas": f"{g['canvas_length']} tokens; context up to {g['max_positions']:,}",
+        "attention": f"{g['query_heads']} query heads; KV heads: {', '.join(heads)}",
+        "feed-forward": f"dense {g['mlp_size']:,}, beside {g['experts']} experts of {g['expert_size']:,}, "
+        f"{g['experts_per_token']} a token",
+    }
+    if g["vision_layers"]:
+        facts["vision"] = f"{g['vision_layers']} layers, not run by this program yet"
+    width = max(map(len, facts))
+    return [report["model"], *(f"  {name.ljust(width)}  {fact}" for name, fact in facts.items())]
+
+
+def _parameters_text(report: dict[str, Any]) -> list[str]:
+    p, bf16, stored = report["parameters"], report["bfloat16_bytes"], report["stored_bytes"]
+    size = stored or bf16
+    rows = [["parameters", "", "on disk" if stored else "in bf16"]]
+    classes = [*p["by_class"], *(["other"] if "other" in size["by_class"] else [])]
+    rows += [
+        [f"  {name}", count(p["by_class"].get(name, 0)), amount(size["by_class"].get(name, 0))]
+        for name in classes
+    ]
+    rows.append(["  total", count(p["total"]), amount(size["total"])])
+    rows.append(["  active per token", count(p["active"]), ""])
+    return table(rows)
+
+
+def _memory_text(memories: list[dict[str, Any]]) -> list[str]:
+    rows = [["memory of one row", *(f"{m['dtype']} ({m['backends']})" for m in memories)]]
+    parts = {
+        "weights, without vision": "weights",
+        "vocabulary plane": "vocabulary_plane",
+        "KV, full layers, per 1k tokens": "kv_per_1k_tokens_full",
+        "KV, sliding layers, at most": "kv_sliding_at_most",
+    }
+    rows += [[f"  {name}", *(amount(m[key]) for m in memories)] for name, key in parts.items()]
+    for tokens in memories[0]["kv"]:
+        rows.append([f"  KV at {_context(tokens)}", *(amount(m["kv"][tokens]) for m in memories)])
+    for tokens in memories[0]["total"]:
+        rows.append([f"  all at {_context(tokens)}", *(amount(m["total"][tokens]) for m in memories)])
+    return [*table(rows), "Activations and the framework's own memory come on top."]
+
+
+def _context(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -1,0 +1,391 @@
+"""The canvas, watched while it settles.
+
+Every position is in one of three states, told apart by form as well as by colour: settled text is
+plain, an uncertain guess is underlined, and where there is only noise a dot stands for each character
+of the guess, so that words keep their place. Nothing here has a threshold of its own: the states follow
+from what the sampler accepted and from what the previous step guessed.
+
+Drawing has a thread of its own and takes one step a frame, so that the steps of a small model can be
+seen at all. The engine is never held up and its clock never sees a pause; the price is that the last
+frames of a fast model come a second or two after its reply is there.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import unicodedata
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from time import perf_counter
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from .config import GenerationConfig
+from .engine import Committed, Done, Draft, Event, Prefill
+from .tokenizer import Tokenizer
+
+FRAME = 0.06  # seconds between two frames, and so the pace of the steps of a fast model
+BACKLOG = 24  # steps that may wait to be drawn before a frame takes more than one
+
+NEWLINE, TAB, END, UNREADABLE, DOT = "↵", "⇥", "∎", "\ufffd", "·"
+
+
+class Mark(IntEnum):
+    """How sure a position is."""
+
+    NOISE = 0
+    UNCERTAIN = 1
+    SETTLED = 2
+
+
+STYLES = {Mark.NOISE: "dim", Mark.UNCERTAIN: "underline yellow", Mark.SETTLED: ""}
+
+
+def marks(draft: Draft, before: np.ndarray | None) -> np.ndarray:
+    """A `Mark` for each position: one point if its sample was accepted, one if the guess held.
+
+    `before` is the guess [L] of the canvas's previous step, None on its first.
+    """
+    held = draft.tokens == before if before is not None else np.zeros(len(draft.tokens), bool)
+    return draft.accepted.astype(int) + held
+
+
+# ---- tokens to text -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one position shows, without any line break."""
+
+    text: str
+    mark: Mark
+    special: bool = False
+    newline: bool = False
+
+
+class Spelling:
+    """Each token id's own text. Text of several ids decoded at once could not be cut by position."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]):
+        self._token = tokenizer.raw.id_to_token
+        added = tokenizer.raw.get_added_tokens_decoder()
+        self._special = {id for id, token in added.items() if token.special} | set(stop_ids)
+        self._stop_ids = list(stop_ids)
+
+    def pieces(self, tokens: Sequence[int] | np.ndarray, mark: Sequence[int] | np.ndarray) -> list[Piece]:
+        """A piece for each position up to the first stop token that is more than noise.
+
+        What stands behind it is filler. A character spread over several byte tokens is shown by the first.
+        """
+        stop = np.flatnonzero(np.isin(tokens, self._stop_ids) & (np.asarray(mark) > Mark.NOISE))
+        end = stop[0] if len(stop) else len(tokens)
+        ids = [int(id) for id in tokens[:end]]
+        pieces = [
+            self._piece(id, text, Mark(m)) for id, text, m in zip(ids, self._texts(ids), mark, strict=False)
+        ]
+        return [*pieces, Piece(END, Mark(mark[end]), special=True)] if len(stop) else pieces
+
+    def _piece(self, id: int, text: str, mark: Mark) -> Piece:
+        special = id in self._special
+        shown = printable(text)
+        if mark == Mark.NOISE:
+            shown = DOT if special else re.sub(r"\S", DOT, shown)
+        return Piece(shown, mark, special, newline=text.endswith("\n") and not special)
+
+    def _texts(self, ids: list[int]) -> list[str]:
+        texts = [(self._token(id) or UNREADABLE).replace("▁", " ") for id in ids]
+        start = 0
+        while start < len(texts):
+            end = start
+            while end < len(texts) and (byte := re.fullmatch("<0x([0-9A-F]{2})>", texts[end])):
+                texts[end] = byte[1]
+                end += 1
+            if end > start:
+                texts[start:end] = _characters(bytes.fromhex("".join(texts[start:end])))
+            start = end + 1
+        return texts
+
+
+def _characters(data: bytes) -> list[str]:
+    """One text a byte: a character where its first byte is, nothing for the rest of it."""
+    texts = []
+    for char in data.decode("utf-8", "surrogateescape"):
+        size = len(char.encode("utf-8", "surrogateescape"))
+        texts += [char, *[""] * (size - 1)]
+    return texts
+
+
+def printable(text: str) -> str:
+    """Text on one line, without characters that a terminal would act upon."""
+    return "".join(_PRINTABLE.get(char) or _visible(char) for char in text)
+
+
+_PRINTABLE = {"\n": NEWLINE, "\t": TAB}
+
+
+def _visible(char: str) -> str:
+    if char.isprintable():
+        return char
+    kind = unicodedata.category(char)
+    # Format characters (joiners, direction marks) have no width; other spaces are as wide as a space.
+    return {"Cf": "", "Zs": " "}.get(kind, UNREADABLE)
+
+
+def plain(pieces: Iterable[Piece]) -> str:
+    """Pieces on one line of bare text, uncertain ones between ‹ and ›."""
+    line, before = "", Mark.SETTLED
+    for piece in pieces:
+        if piece.mark != before and before == Mark.UNCERTAIN:
+            line += "›"
+        gap = len(piece.text) - len(piece.text.lstrip())
+        opens = piece.mark != before and piece.mark == Mark.UNCERTAIN
+        line += piece.text[:gap] + "‹" + piece.text[gap:] if opens else piece.text
+        before = piece.mark
+    return line + "›" * (before == Mark.UNCERTAIN)
+
+
+def styled(pieces: Iterable[Piece]) -> Text:
+    """Pieces as rich text; a settled newline breaks the line, any other is only shown."""
+    text = Text()
+    for piece in pieces:
+        word = piece.text.lstrip(" ")
+        text.append(" " * (len(piece.text) - len(word)))
+        faint = piece.special or (piece.newline and piece.text == NEWLINE)
+        text.append(word, f"dim {STYLES[piece.mark]}" if faint else STYLES[piece.mark])
+        if piece.newline and piece.mark == Mark.SETTLED:
+            text.append("\n")
+    return text
+
+
+# ---- the view -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Row:
+    committed: Text = field(default_factory=Text)
+    pieces: list[Piece] = field(default_factory=list)
+    guess: np.ndarray | None = None
+    canvas: int = 0
+    step: int = 0
+    tokens: int = 0  # committed
+    steps: int = 0
+    finished: str = ""
+
+    @property
+    def _sure(self) -> int:
+        return sum(piece.mark == Mark.SETTLED for piece in self.pieces)
+
+    @property
+    def settled(self) -> float:
+        """Share of the canvas that is settled. Filler behind the stop token would only flatter it."""
+        return self._sure / max(1, len(self.pieces))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens a step so far; those of the canvas count once they are settled."""
+        return (self.tokens + self._sure) / max(1, self.steps)
+
+
+class View:
+    """What the events so far look like; a rich renderable no larger than the terminal."""
+
+    def __init__(self, tokenizer: Tokenizer, config: GenerationConfig, rows: int = 1):
+        self._spelling = Spelling(tokenizer, config.stop_ids)
+        self._steps = config.steps
+        self._rows = [_Row() for _ in range(rows)]
+        self._prefill = ""
+        self._last = (-1, -1)
+        self._spent, self._timed = 0.0, 0
+
+    def update(self, event: Event, seconds: float = 0.0) -> None:
+        """Take in an event; `seconds` is what the engine needed for it."""
+        if isinstance(event, Prefill):
+            self._prefill = f" {event.done}/{event.total}"
+        elif isinstance(event, Draft):
+            self._time(event, seconds)
+            self._draft(self._rows[event.row], event)
+        elif isinstance(event, Committed):
+            row = self._rows[event.row]
+            pieces = self._spelling.pieces(event.tokens, [Mark.SETTLED] * len(event.tokens))
+            row.committed.append_text(styled(pieces))
+            row.tokens += len(event.tokens)
+            row.pieces, row.guess = [], None
+        else:
+            self._rows[event.row].finished = event.finish_reason
+
+    def _draft(self, row: _Row, draft: Draft) -> None:
+        mark = marks(draft, row.guess)
+        row.pieces = self._spelling.pieces(draft.tokens, mark)
+        row.guess, row.canvas, row.step = draft.tokens, draft.canvas, draft.step
+        row.steps += 1
+
+    def _time(self, draft: Draft, seconds: float) -> None:
+        # A canvas's first step comes with the encoding of the one before.
+        if draft.step > 1:
+            self._spent += seconds
+            self._timed += (draft.canvas, draft.step) != self._last
+        self._last = (draft.canvas, draft.step)
+
+    def line(self, row: int) -> str:
+        """A row's canvas on one line without escape codes, for what is no terminal."""
+        r = self._rows[row]
+        head = f"row {row + 1} " if len(self._rows) > 1 else ""
+        return f"{head}canvas {r.canvas + 1} step {r.step}/{self._steps} {r.settled:4.0%}  {plain(r.pieces)}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self._lines(console, options.max_width, console.height - 1)
+
+    def _lines(self, console: Console, width: int, height: int) -> Iterator[Text]:
+        count = len(self._rows)
+        share = max(2, height // count)
+        shown = count if share * count <= height else max(1, (height - 1) // share)
+        for index in range(shown):
+            yield from self._block(console, index, width, share)
+        if shown < count and height > share:
+            yield Text(f"… and {count - shown} more rows", "dim", no_wrap=True, overflow="ellipsis")
+
+    def _block(self, console: Console, index: int, width: int, height: int) -> list[Text]:
+        """The end of a row's text, and its status under it."""
+        row = self._rows[index]
+        # More than a screen of text is never seen, and wrapping it all would take longer with every canvas.
+        start = max(0, len(row.committed) - width * height)
+        text = (row.committed[start:] if start else row.committed.copy()).append_text(styled(row.pieces))
+        lines = list(text.wrap(console, width)) if text.plain else []
+        status = Text(self._status(index, width), "dim", no_wrap=True, overflow="ellipsis")
+        return [*lines[max(0, len(lines) - height + 1) :], status]
+
+    def _status(self, index: int, width: int) -> str:
+        row = self._rows[index]
+        head = [f"row {index + 1}"] if len(self._rows) > 1 else []
+        if not row.steps:
+            return " · ".join([*head, f"reading the prompt{self._prefill}"])
+        rate = f"{row.tokens_per_forward:.1f} tokens/forward"
+        if row.finished:
+            return " · ".join([*head, f"done ({row.finished})", f"{row.tokens} tokens", rate])
+        parts = [*head, f"canvas {row.canvas + 1}", f"step {row.step}/{self._steps}", rate]
+        if self._spent:
+            ms = 1000 * self._spent / self._timed
+            parts.append(f"{ms:.0f} ms/step" if ms >= 10 else f"{ms:.1f} ms/step")
+        status, done = " · ".join(parts), round(10 * row.settled)
+        bar = "━" * done + "─" * (10 - done) if len(status) + 24 <= width else ""
+        return f"{bar} {row.settled:4.0%} settled · {status}".lstrip()
+
+
+# ---- where it is drawn --------------------------------------------------------------------------
+
+
+class Screen(Protocol):
+    """Takes events and the seconds each took, between `with` and its end."""
+
+    def feed(self, event: Event, seconds: float) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class TerminalScreen:
+    """Draws a view in place, erases it at the end and leaves the terminal as it was."""
+
+    def __init__(self, view: View, console: Console):
+        self._view = view
+        self._live = Live(view, console=console, auto_refresh=False, transient=True)
+        self._waiting: deque[tuple[Event, float]] = deque()
+        self._closing, self._abort = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._draw, name="dgemma-live", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._live.start(refresh=True)
+        self._thread.start()
+        return self
+
+    def feed(self, event: Event, seconds: float) -> None:
+        """Queue an event; never waits."""
+        self._waiting.append((event, seconds))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        (self._closing if kind is None else self._abort).set()
+        try:
+            self._thread.join()
+        finally:  # an interrupt may come while the last frames are drawn
+            self._abort.set()
+            self._thread.join()
+            self._live.stop()
+
+    def _draw(self) -> None:
+        size = self._live.console.size
+        while not self._abort.wait(FRAME):
+            if self._waiting:
+                self._take()
+            elif self._closing.is_set():
+                break
+            elif size == self._live.console.size:
+                continue
+            size = self._live.console.size
+            self._live.refresh()
+
+    def _take(self) -> None:
+        """Bring the view one step of each row ahead, several where the engine is far ahead of it."""
+        for _ in range(1 + len(self._waiting) // BACKLOG):
+            seen: set[int] = set()
+            while self._waiting:
+                event = self._waiting[0][0]
+                if isinstance(event, Draft):
+                    if event.row in seen:
+                        break
+                    seen.add(event.row)
+                self._view.update(*self._waiting.popleft())
+
+
+class PlainScreen:
+    """Prints a line a step: for logs, pipes and terminals that cannot move their cursor."""
+
+    def __init__(self, view: View, console: Console):
+        self._view, self._file = view, console.file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def feed(self, event: Event, seconds: float) -> None:
+        """Print a draft's line at once."""
+        self._view.update(event, seconds)
+        if isinstance(event, Draft):
+            print(self._view.line(event.row), file=self._file, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def moves_cursor(console: Console) -> bool:
+    """Whether a view can be redrawn in place there."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def screen(view: View, console: Console) -> Screen:
+    """The screen that fits the console."""
+    return TerminalScreen(view, console) if moves_cursor(console) else PlainScreen(view, console)
+
+
+def follow(events: Iterable[Event], screen: Screen) -> list[Done]:
+    """Show a generation on a screen and return its replies, in the order of their rows."""
+    replies = []
+    with screen:
+        before = perf_counter()
+        for event in events:
+            screen.feed(event, perf_counter() - before)
+            if isinstance(event, Done):
+                replies.append(event)
+            before = perf_counter()
+    return sorted(replies, key=lambda done: done.row)

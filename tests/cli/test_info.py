@@ -1,0 +1,139 @@
+"""`dgemma info`: the arithmetic against numbers worked out by hand or published, and the command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dgemma import info
+from dgemma.checkpoint import Checkpoint
+from dgemma.cli import main
+from dgemma.config import Config, load_json, read_config
+from dgemma.numpy_ops import NumpyOps
+from tests.checkpoints import SMALL_VISION, make_checkpoint, small
+
+RELEASED = Path(__file__).parents[1] / "data"
+BF16, F32, F64 = info.FORMATS
+
+
+@pytest.fixture(scope="module")
+def released() -> Config:
+    return read_config(load_json(RELEASED / "config.json"))
+
+
+def test_the_released_model_has_its_published_size(released: Config) -> None:
+    report = info.describe(RELEASED)
+    assert report["tensors"] == 1047
+    assert report["bfloat16_bytes"]["total"] == 51_647_562_456
+    assert round(report["parameters"]["total"] / 1e9, 2) == 25.82
+    assert abs(report["parameters"]["active"] / 1e9 - 3.85) < 0.02
+    assert report["stored_bytes"] is None
+    assert report["geometry"]["full_attention_layers"] == [5, 11, 17, 23, 29]
+    assert sum(info.parameter_counts(released).values()) == report["parameters"]["total"]
+
+
+def test_experts_count_as_active_by_the_share_a_token_takes(released: Config) -> None:
+    stored, active = info.parameter_counts(released), info.active_parameters(released)
+    assert active["experts"] * 16 == stored["experts"] == 30 * 128 * 3 * 704 * 2816
+    assert "vision" not in active
+    assert {name: n for name, n in stored.items() if name not in ("vision", "experts")} == {
+        name: n for name, n in active.items() if name != "experts"
+    }
+
+
+def test_keys_and_values_by_hand(released: Config) -> None:
+    # 25 sliding layers of 8 × 256, 5 full ones of 2 × 512; two arrays, two bytes.
+    sliding, full = 25 * 2 * 8 * 256 * 2, 5 * 2 * 2 * 512 * 2
+    assert info.kv_bytes(released, BF16, 100) == 100 * (sliding + full)
+    assert info.kv_bytes(released, BF16, 100_000) == (1023 + 256) * sliding + 100_000 * full
+    assert info.kv_bytes(released, F32, 5000) == 2 * info.kv_bytes(released, BF16, 5000)
+    assert info.memory(released, BF16)["kv_per_1k_tokens_full"] == 1024 * full
+
+
+def test_the_vocabulary_plane_is_one_canvas_of_float32(released: Config) -> None:
+    assert info.vocabulary_bytes(released, BF16) == info.vocabulary_bytes(released, F32) == 256 * 262_144 * 4
+    assert info.vocabulary_bytes(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
+    assert info.vocabulary_bytes(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
+
+
+def test_contexts_end_where_the_model_does(released: Config) -> None:
+    assert list(info.memory(released, BF16)["kv"]) == [1024, 8192, 32768, 131072]
+    assert list(info.memory(replace(released, max_positions=4096), BF16)["kv"]) == [1024, 4096]
+    assert list(info.memory(replace(released, max_positions=1000), BF16)["kv"]) == [1000]
+
+
+@pytest.mark.parametrize("tokens", [5, 11, 40, 100])
+def test_what_numpy_holds_is_what_is_said(tokens: int, tmp_path: Path) -> None:
+    from dgemma.model import Model
+
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
+    ops = NumpyOps()
+    model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
+    cache = model.encode([np.arange(tokens) % 50]).cache
+    held = sum(k.nbytes + v.nbytes for k, v in cache._layers)
+    assert held == info.kv_bytes(checkpoint.config, F64, tokens)
+    loaded = sum(param.size for param in info.text_parameters(checkpoint.config)) * 8
+    assert info.weight_bytes(checkpoint.config, F64) == loaded
+
+
+def test_the_router_is_wide(tmp_path: Path) -> None:
+    config = read_config(small())
+    router = info.parameter_counts(config)["router"]
+    total = sum(info.parameter_counts(config).values())
+    assert info.weight_bytes(config, BF16) == 2 * total + 2 * router
+    assert info.weight_bytes(config, F32) == 4 * total
+
+
+def test_bytes_on_disk_are_those_of_the_files(tmp_path: Path) -> None:
+    config = small() | {"vision_config": SMALL_VISION}
+    report = info.describe(make_checkpoint(tmp_path, config, dtype="F32", shards=2))
+    counts = report["parameters"]["by_class"]
+    assert counts["vision"] > 0
+    assert report["stored_bytes"]["by_class"] == {name: 4 * n for name, n in counts.items()}
+    assert "on disk" in info.text(report)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (268435456, "268.4 MB"), (51647562456, "51.65 GB")],
+)
+def test_amounts(value: int, text: str) -> None:
+    assert info.amount(value) == text
+
+
+def test_the_command_prints_a_report_and_json() -> None:
+    runner = CliRunner()
+    text = runner.invoke(main, ["info", str(RELEASED)])
+    assert text.exit_code == 0
+    for part in ("25.82 B", "51.65 GB", "full attention in 5, 11, 17, 23, 29", "268.4 MB", "all at 128k"):
+        assert part in text.stdout
+    assert max(map(len, text.stdout.splitlines())) < 120
+    report = json.loads(runner.invoke(main, ["info", str(RELEASED), "--json"]).stdout)
+    assert report["memory"][0]["dtype"] == "bfloat16"
+    assert report["memory"][0]["total"]["1024"] > 50e9
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("./nope", "no such folder"),
+        ("a b", "neither a folder"),
+        ("no-such-org/none", "neither a folder here"),
+    ],
+)
+def test_bad_models_end_in_one_line(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = CliRunner().invoke(main, ["info", name])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("dgemma: error: ")
+    assert result.stderr.count("\n") == 1
+    assert part in result.stderr
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["info", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr == f"dgemma: error: {tmp_path / 'config.json'}: no such file\n"
