@@ -140,7 +140,7 @@ class CudaOps(Ops):
         self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
     ) -> Array:
         L, S = q.shape[2], k.shape[2]
-        square = causal and pad is None and L == S and (window is None or S <= window)
+        square = causal and pad is None and L == S and (window is None or window >= S)
         mask = None if square else self.visible(L, S, pad, causal, window)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -407,12 +407,13 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
 
 
-def resolve(model: str | Path, progress: bool = True) -> Path:
+def resolve(model: str | Path, progress: bool = True, files: Sequence[str] = HUB_FILES) -> Path:
     """The folder of a checkpoint: `model` itself, or a hub id `org/name[@revision]`, downloaded or cached.
 
-    The hub's own progress bars go to stderr unless `progress` is False. HF_HUB_OFFLINE, HF_HOME and
-    HF_TOKEN mean what they always do; without a network the cached copy is taken. CheckpointError when
-    there is no such folder or the hub does not hand the model out.
+    Of a hub id only `files` (patterns) are fetched. The hub's own progress bars go to stderr unless
+    `progress` is False. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they always do; without a network
+    the cached copy is taken. CheckpointError when there is no such folder or the hub does not hand the
+    model out.
     """
     if not (name := str(model)):
         raise CheckpointError("an empty model name; give a folder or a hub id org/name")
@@ -427,10 +428,10 @@ def resolve(model: str | Path, progress: bool = True) -> Path:
     match = _HUB_ID.fullmatch(name)
     if match is None or ".." in name or "--" in match[1]:
         raise CheckpointError(f"{name!r} is neither a folder nor a hub id org/name[@revision]")
-    return _download(match[1], match[2], progress)
+    return _download(match[1], match[2], progress, files)
 
 
-def _download(repo: str, revision: str | None, progress: bool) -> Path:
+def _download(repo: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import errors
 
@@ -449,7 +450,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
     failures: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError)
     try:
         with _bars(progress):
-            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except failures as error:
         reason = next((text for kind, text in advice.items() if isinstance(error, kind)), None)
         raise CheckpointError(f"{repo!r}: {reason or _failed(error)}") from None

@@ -40,6 +40,21 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+# Each framework has its own exception for it, and importing one to name it would cost seconds.
+_OUT_OF_MEMORY = ("out of memory", "insufficient memory", "[metal::malloc]", "not enough memory")
+_MEMORY_ADVICE = "take a shorter prompt, fewer rows or --dtype bfloat16; `dgemma info` says what is needed"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 class _OneLine(click.Command):
     """A command whose errors are one line each."""
 
@@ -54,6 +69,10 @@ class _OneLine(click.Command):
             sys.exit(INTERRUPTED)
         except DgemmaError as error:
             _fail(str(error), 1)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail(f"out of memory ({_first_line(error)}); {_MEMORY_ADVICE}", 1)
         except click.UsageError as error:
             hint = f"; see {error.ctx.command_path} --help" if error.ctx else ""
             _fail(error.format_message().rstrip(".") + hint, error.exit_code)

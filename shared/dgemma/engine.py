@@ -149,8 +149,8 @@ def generate(
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     if longest > model.config.max_positions:
         raise PromptError(
-            f"prompt and max_new_tokens need {longest} positions, the model has {model.config.max_positions}; "
-            "shorten the prompt or lower max_new_tokens"
+            f"prompt and max_new_tokens need {longest} positions, the model has "
+            f"{model.config.max_positions}; shorten the prompt or lower max_new_tokens"
         )
     return _Run(model, config, rows, seed).events()
 

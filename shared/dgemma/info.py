@@ -14,7 +14,6 @@ from typing import Any
 
 from .checkpoint import Checkpoint, resolve
 from .config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
-from .errors import CheckpointError
 from .ops import Ops
 from .spec import GROUPS, Param, parameters, text_parameters
 
@@ -120,7 +119,7 @@ def describe(model: str | Path) -> dict[str, Any]:
     A folder with nothing but config.json will do, and of a hub id nothing else is downloaded. `stored`
     is null where no weights are at hand.
     """
-    folder = find(model)
+    folder = resolve(model, files=["config.json"])
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
     counts, active = parameter_counts(config), active_parameters(config)
@@ -136,28 +135,6 @@ def describe(model: str | Path) -> dict[str, Any]:
         "stored_bytes": stored_bytes(folder, config),
         "memory": [memory(config, form) for form in FORMATS],
     }
-
-
-def find(model: str | Path) -> Path:
-    """The folder with a model's config.json; of a hub id only this one file is fetched."""
-    if Path(model).expanduser().exists() or str(model).count("/") != 1 or str(model)[0] in "./~":
-        return resolve(model)
-    from huggingface_hub import errors, hf_hub_download
-
-    repo, _, revision = str(model).partition("@")
-    try:
-        return Path(hf_hub_download(repo, "config.json", revision=revision or None)).parent
-    except (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{str(model)!r}: neither a folder here nor a model that the hub hands out ({reason})"
-        ) from None
 
 
 def geometry(config: Config) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def _checked(backend: str, dtype: str | None, device: str | None) -> str:
     framework = FRAMEWORKS.get(backend)
     if framework and find_spec(framework) is None:
         raise BackendError(
-            f"the {backend} backend needs {framework}, which is not installed: pip install 'dgemma[{backend}]'"
+            f"the {backend} backend needs {framework}, which is not installed: "
+            f"pip install 'dgemma[{backend}]'"
         )
     return backend
 

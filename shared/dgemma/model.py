@@ -26,7 +26,6 @@ from .ops import Array, Ops
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from .chat import Message
     from .engine import Event
     from .tokenizer import Tokenizer
 

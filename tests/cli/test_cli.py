@@ -366,6 +366,17 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         call("generate", "--prompt", "a")
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[metal::malloc] Attempting to allocate 9 GB")]
+)
+def test_running_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("dgemma.load", broken)
+    assert_one_line(call("generate", "--prompt", "a"), 1, "out of memory")
+
+
 # ---- signals and pipes --------------------------------------------------------------------------
 
 

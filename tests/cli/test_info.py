@@ -121,7 +121,7 @@ def test_the_command_prints_a_report_and_json() -> None:
     [
         ("./nope", "no such folder"),
         ("a b", "neither a folder"),
-        ("no-such-org/none", "neither a folder here"),
+        ("no-such-org/none", "not wholly in the cache"),
     ],
 )
 def test_bad_models_end_in_one_line(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
