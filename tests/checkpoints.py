@@ -72,7 +72,6 @@ SMALL: dict[str, Any] = {
 # A vision tower of two layers, to be set as SMALL's `vision_config`.
 SMALL_VISION: dict[str, Any] = {
     "model_type": "gemma4_vision",
-    "default_output_length": 4,
     "head_dim": 8,
     "hidden_size": 16,
     "intermediate_size": 24,

@@ -348,9 +348,11 @@ class Checkpoint:
         """
         folder = Path(folder)
         path = folder / "config.json"
-        config = read_config(load_json(path), str(path))
+        raw = load_json(path)
+        config = read_config(raw, str(path))
         path = folder / "generation_config.json"
-        generation = read_generation_config(load_json(path), config.vocab_size, str(path))
+        own = load_json(path) if path.exists() else None
+        generation = read_generation_config(own, config.vocab_size, str(path), raw)
         source, entries = _find(folder)
         _check(config, entries, source)
         return cls(folder, config, generation, entries)

@@ -55,7 +55,6 @@ class VisionConfig:
     patch_size: int
     positions: int
     standardize: bool
-    soft_tokens: int
 
 
 @dataclass(frozen=True)
@@ -327,7 +326,6 @@ def _vision(top: _Reader) -> VisionConfig | None:
     if top.data.get("vision_config") is None:
         return None
     vision = top.sub("vision_config")
-    tokens = "vision_soft_tokens_per_image"
     return VisionConfig(
         hidden_size=vision.size("hidden_size"),
         mlp_size=vision.size("intermediate_size"),
@@ -338,40 +336,62 @@ def _vision(top: _Reader) -> VisionConfig | None:
         patch_size=vision.size("patch_size"),
         positions=vision.size("position_embedding_size"),
         standardize=vision.get("standardize", bool),
-        soft_tokens=top.size(tokens) if tokens in top.data else vision.size("default_output_length"),
     )
 
 
-def read_generation_config(
-    data: Mapping[str, Any], vocab_size: int, where: str = "generation_config.json"
-) -> GenerationConfig:
-    """GenerationConfig from the dictionary of generation_config.json.
+# What a file means that does not say, or says null, as every model that transformers saves untouched:
+# transformers' own defaults, which are the released numbers.
+_SAMPLER_DEFAULTS: dict[str, Any] = {
+    "max_denoising_steps": 48,
+    "t_max": 0.8,
+    "t_min": 0.4,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "max_new_tokens": 256,
+    "sampler_config": {},
+}
 
-    `vocab_size` bounds the stop ids. Raises ConfigError for a missing key, a sampler that is not the
-    entropy-bound one, or a number outside its range.
+
+def read_generation_config(
+    data: Mapping[str, Any] | None,
+    vocab_size: int,
+    where: str = "generation_config.json",
+    config: Mapping[str, Any] | None = None,
+) -> GenerationConfig:
+    """GenerationConfig from the dictionary of generation_config.json, None where there is no such file.
+
+    `config` is the dictionary of config.json: its own "generation_config" (mlx-community) stands in for
+    the file, its eos_token_id for stop ids that the file does not give. `vocab_size` bounds those.
+    Numbers that are absent or null are the reference's defaults. Raises ConfigError for a sampler that
+    is not the entropy-bound one, a value of the wrong type or outside its range.
     """
-    top = _Reader(data, where)
+    config = config or {}
+    given = _Reader(data if data is not None else config.get("generation_config") or {}, where).data
+    top = _Reader(_SAMPLER_DEFAULTS | {k: v for k, v in given.items() if v is not None}, where)
     sampler = top.sub("sampler_config")
     name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
     if name != "EntropyBoundSamplerConfig":
         raise ConfigError(f"{sampler.where}: sampler {reprlib.repr(name)} is not supported")
-    stops = top.get("eos_token_id", (int, list))
-    stop_ids = tuple(stops) if isinstance(stops, list) else (stops,)
+    result = GenerationConfig(
+        steps=top.size("max_denoising_steps"),
+        t_max=top.number("t_max"),
+        t_min=top.number("t_min"),
+        entropy_bound=sampler.number("entropy_bound", 0.1),
+        stability=top.get("stability_threshold", int),
+        confidence=top.number("confidence_threshold"),
+        max_new_tokens=top.size("max_new_tokens"),
+        stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
+    )
+    try:
+        return result._checked()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _stop_ids(stops: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
     for stop in stop_ids:
         if type(stop) is not int or not 0 <= stop < vocab_size:
             shown = reprlib.repr(stop)
             raise ConfigError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}")
-    config = GenerationConfig(
-        steps=top.size("max_denoising_steps"),
-        t_max=top.number("t_max"),
-        t_min=top.number("t_min"),
-        entropy_bound=sampler.number("entropy_bound"),
-        stability=top.get("stability_threshold", int),
-        confidence=top.number("confidence_threshold"),
-        max_new_tokens=top.size("max_new_tokens"),
-        stop_ids=stop_ids,
-    )
-    try:
-        return config._checked()
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    return stop_ids
