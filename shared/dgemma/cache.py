@@ -59,24 +59,33 @@ class Cache:
 
     def trim(self, count: int) -> Cache:
         """A cache without the last `count` slots; ValueError if sliding layers no longer hold enough."""
-        most = min(self.slack, self.length)
+        most = min([self.length, *self._spare()])
         if not 0 <= count <= most:
             raise ValueError(f"cannot take back {count} of {self.length} slots; at most {most}")
         layers = [(k[:, :, : k.shape[2] - count], v[:, :, : v.shape[2] - count]) for k, v in self._layers]
         return self._with(layers, self.length - count)
 
+    def _spare(self) -> list[int]:
+        """Slots beyond the window that each sliding layer which dropped some still holds."""
+        return [
+            k.shape[2] - (layer.window - 1)
+            for (k, _), layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
+            if layer.window and k.shape[2] < self.length
+        ]
+
     def merge(self, others: Sequence[Cache]) -> Cache:
         """This cache's rows and then the others', shorter ones padded at the front."""
         caches = [self, *others]
-        length = max(cache.length for cache in caches)
         layers = []
         for parts in zip(*(cache._layers for cache in caches), strict=True):
-            slots = max(k.shape[2] for k, _ in parts)
-            padded = [(self._pad(k, slots), self._pad(v, slots)) for k, v in parts]
-            layers.append(
-                (self.ops.concat([k for k, _ in padded], 0), self.ops.concat([v for _, v in padded], 0))
-            )
-        return self._with(layers, length)
+            # A row that has dropped slots of this layer limits what can be taken back for all.
+            dropped = [
+                k.shape[2] for cache, (k, _) in zip(caches, parts, strict=True) if k.shape[2] < cache.length
+            ]
+            slots = min(dropped) if dropped else max(k.shape[2] for k, _ in parts)
+            k, v = zip(*(self._fit(kv, slots) for kv in parts), strict=True)
+            layers.append((self.ops.concat(k, 0), self.ops.concat(v, 0)))
+        return self._with(layers, max(cache.length for cache in caches))
 
     def _with(self, layers: list[KV], length: int) -> Cache:
         other = type(self)(self.ops, self.config)
@@ -94,8 +103,11 @@ class Cache:
         first = k.shape[2] - count
         return k[:, :, first:], v[:, :, first:]
 
-    def _pad(self, x, slots: int):  # type: ignore[no-untyped-def]
-        B, G, have, C = x.shape
-        if have == slots:
-            return x
-        return self.ops.concat([self.ops.asarray(np.zeros((B, G, slots - have, C), np.float32)), x], 2)
+    def _fit(self, kv: KV, slots: int) -> KV:
+        """The last `slots` slots, padded at the front where there are fewer."""
+        k, v = self._last(kv, slots)
+        if (missing := slots - k.shape[2]) == 0:
+            return k, v
+        B, G, _, C = k.shape
+        zeros = self.ops.asarray(np.zeros((B, G, missing, C), np.float32))
+        return self.ops.concat([zeros, k], 2), self.ops.concat([zeros, v], 2)

@@ -13,6 +13,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,15 @@ class GenerationConfig:
             raise ConfigError(
                 f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
             )
-        return replace(self, **{k: v for k, v in changes.items() if v is not None})._checked()
+        given = {k: v for k, v in changes.items() if v is not None}
+        for name, value in given.items():
+            whole = name in ("steps", "stability", "max_new_tokens")
+            kind = tuple if name == "stop_ids" else int if whole else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{name} has the unusable value {reprlib.repr(value)}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ConfigError(f"{name} must be a finite number")
+        return replace(self, **given)._checked()
 
     def _checked(self) -> GenerationConfig:
         rules = {

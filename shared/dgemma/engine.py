@@ -155,17 +155,20 @@ def generate(
     return _Run(model, config, rows, seed).events()
 
 
-def _prompts(model: Model, prompt: Sequence[Any], tools: Any, thinking: bool) -> list[list[int]]:
+def _prompts(
+    model: Model, prompt: Sequence[Any], tools: Sequence[dict[str, Any]] | None, thinking: bool
+) -> list[list[int]]:
     """Token ids of each row, whatever form the prompt came in."""
-    if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not len(prompt):
+    if not isinstance(prompt, list | tuple | np.ndarray) or not len(prompt):
         raise PromptError("a prompt is a list of messages, a list of token ids, or a list of either")
     many = prompt if isinstance(prompt[0], list | tuple | np.ndarray) else [prompt]
-    return [
-        model.tokenizer.encode_chat(one, tools, thinking)
-        if len(one) and isinstance(one[0], dict)
-        else [int(i) for i in model.check_tokens(one)]
-        for one in many
-    ]
+    rows = []
+    for one in many:
+        if isinstance(one, list | tuple) and one and isinstance(one[0], dict):
+            rows.append(model.tokenizer.encode_chat(one, tools, thinking))
+        else:
+            rows.append([int(token) for token in model.check_tokens(one)])
+    return rows
 
 
 class _Run:

@@ -11,54 +11,67 @@ every row, and a row's padding follows from its `offset` alone, the position of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from .config import Config, LayerConfig
 from .ops import Array, Guess, Ops
-from .weights import AttentionWeights, LayerWeights, MlpWeights, Weights
+from .weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights, Weights
 
 KV = tuple[Array, Array]  # keys after norm and RoPE, values: [B, G, P, C] each
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one pass has in common over its layers.
+
+    The encoder's pass is causal, the decoder's is not. `offset` [B] is the position of each row's first
+    query, `rotary` what `Ops.rope` needs, by layer kind. `ragged`: some row has padding among the keys.
+    """
+
+    ops: Ops
+    config: Config
+    offset: Array
+    rotary: dict[str, Any]
+    causal: bool
+    ragged: bool
+
+    def norm(self, x: Array, weight: Array | None) -> Array:
+        return self.ops.rms_norm(x, weight, self.config.rms_eps)
+
+
 def attention(
-    ops: Ops,
-    layer: LayerConfig,
-    w: AttentionWeights,
-    x: Array,
-    offset: Array,
-    rotary: object,
-    past: KV | None,
-    *,
-    eps: float,
-    causal: bool,
-    ragged: bool,
+    run: Pass, layer: LayerConfig, w: AttentionWeights, bias: BiasWeights, x: Array, past: KV | None
 ) -> tuple[Array, KV]:
     """Attention of x [B, L, D] over `past` and itself -> output [B, L, D], own keys and values."""
-    q, k, v = project(ops, layer, w, x, rotary, eps)
+    ops = run.ops
+    q, k, v = project(run, layer, w, bias, x)
     own = (k, v)
     if past is not None:
         k, v = ops.concat([past[0], k], 2), ops.concat([past[1], v], 2)
     B, H, L, C = q.shape
-    pad = (k.shape[2] - L) - offset if ragged else None
-    y = ops.attention(q, k, v, pad, causal, layer.window)
+    pad = (k.shape[2] - L) - run.offset if run.ragged else None
+    y = ops.attention(q, k, v, pad, run.causal, layer.window)
     y = ops.transpose(y, 0, 2, 1, 3).reshape(B, L, H * C)
-    return ops.linear(y, w.o, w.o_bias), own
+    return ops.linear(y, w.o, bias.o), own
 
 
 def project(
-    ops: Ops, layer: LayerConfig, w: AttentionWeights, x: Array, rotary: object, eps: float
+    run: Pass, layer: LayerConfig, w: AttentionWeights, bias: BiasWeights, x: Array
 ) -> tuple[Array, Array, Array]:
     """q [B, H, L, C] and k, v [B, G, L, C] of x [B, L, D], normed and rotated."""
+    ops, rotary = run.ops, run.rotary[layer.kind]
     B, L, _ = x.shape
 
     def heads(y: Array) -> Array:
         return ops.transpose(y.reshape(B, L, -1, layer.head_dim), 0, 2, 1, 3)
 
-    k = heads(ops.linear(x, w.k, w.k_bias))
+    k = heads(ops.linear(x, w.k, bias.k))
     # On full layers V is k_proj's output *before* k_norm and RoPE.
-    v = k if w.v is None else heads(ops.linear(x, w.v, w.v_bias))
-    q = ops.rms_norm(heads(ops.linear(x, w.q, w.q_bias)), w.q_norm, eps)
-    k = ops.rms_norm(k, w.k_norm, eps)
-    return ops.rope(q, rotary), ops.rope(k, rotary), ops.rms_norm(v, None, eps)
+    v = k if w.v is None else heads(ops.linear(x, w.v, bias.v))
+    q = run.norm(heads(ops.linear(x, w.q, bias.q)), w.q_norm)
+    k = run.norm(k, w.k_norm)
+    return ops.rope(q, rotary), ops.rope(k, rotary), run.norm(v, None)
 
 
 def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
@@ -66,20 +79,26 @@ def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
     return ops.linear(ops.geglu(ops.linear(x, w.gate), ops.linear(x, w.up)), w.down)
 
 
-def moe(ops: Ops, config: Config, w: LayerWeights, h: Array) -> Array:
+def moe(run: Pass, w: LayerWeights, h: Array) -> Array:
     """The routed experts of tokens h [N, D]: the router reads the raw residual, the experts its norm."""
-    router, eps = w.router, config.rms_eps
-    weights, ids = ops.router(h, router.proj, router.scale, router.expert_scale, config.top_k, eps)
-    x = ops.rms_norm(h, w.pre_experts, eps)
-    return ops.experts(x, weights, ids, w.experts.gate_up, w.experts.down)
+    ops, config, router = run.ops, run.config, w.router
+    weights, ids = ops.router(h, router.proj, router.scale, router.expert_scale, config.top_k, config.rms_eps)
+    return ops.experts(run.norm(h, w.pre_experts), weights, ids, w.experts.gate_up, w.experts.down)
 
 
-def feedforward(ops: Ops, config: Config, w: LayerWeights, h: Array) -> Array:
+def feedforward(run: Pass, w: LayerWeights, h: Array) -> Array:
     """Dense MLP and experts side by side on h [B, L, D], each normed, their sum normed again."""
-    eps = config.rms_eps
-    m = ops.rms_norm(mlp(ops, w.mlp, ops.rms_norm(h, w.pre_mlp, eps)), w.post_mlp, eps)
-    x = moe(ops, config, w, h.reshape(-1, h.shape[-1])).reshape(h.shape)
-    return ops.rms_norm(m + ops.rms_norm(x, w.post_experts, eps), w.post_feedforward, eps)
+    m = run.norm(mlp(run.ops, w.mlp, run.norm(h, w.pre_mlp)), w.post_mlp)
+    x = moe(run, w, h.reshape(-1, h.shape[-1])).reshape(h.shape)
+    return run.norm(m + run.norm(x, w.post_experts), w.post_feedforward)
+
+
+def block(run: Pass, layer: LayerConfig, w: LayerWeights, h: Array, past: KV | None) -> tuple[Array, KV]:
+    """One layer on the residual stream h [B, L, D] -> the stream, and the layer's keys and values."""
+    bias, scalar = (w.encoder_bias, w.encoder_scalar) if run.causal else (w.bias, w.scalar)
+    a, kv = attention(run, layer, w.attention, bias, run.norm(h, w.pre_attention), past)
+    h = h + run.norm(a, w.post_attention)
+    return (h + feedforward(run, w, h)) * scalar, kv
 
 
 def encode(
@@ -98,31 +117,16 @@ def encode(
     `ragged`: some row has padding among the keys, so masks are needed. Nothing reads the encoder's
     last hidden state, so the last layer stops at its keys and values.
     """
+    run = Pass(ops, config, offset, _rotary(ops, w, offset, tokens.shape[1]), True, ragged)
     h = ops.embed(w.embed, tokens) * w.embed_scale
-    rotaries = {kind: ops.rotary(offset, tokens.shape[1], f) for kind, f in w.frequencies.items()}
     new: list[KV] = []
-    for index, (layer, lw) in enumerate(zip(config.layers, w.layers, strict=True)):
-        x, rotary = ops.rms_norm(h, lw.pre_attention, config.rms_eps), rotaries[layer.kind]
-        if index == len(config.layers) - 1:
-            new.append(project(ops, layer, lw.attention, x, rotary, config.rms_eps)[1:])
-            break
-        before = past[index] if past else None
-        a, kv = attention(
-            ops,
-            layer,
-            lw.attention,
-            x,
-            offset,
-            rotary,
-            before,
-            eps=config.rms_eps,
-            causal=True,
-            ragged=ragged,
-        )
+    for index, layer in enumerate(config.layers[:-1]):
+        h, kv = block(run, layer, w.layers[index], h, past[index] if past else None)
         new.append(kv)
-        h = h + ops.rms_norm(a, lw.post_attention, config.rms_eps)
-        h = (h + feedforward(ops, config, lw, h)) * lw.encoder_scalar
-    return new
+    last = w.layers[-1]
+    x = run.norm(h, last.pre_attention)
+    _, k, v = project(run, config.layers[-1], last.attention, last.encoder_bias, x)
+    return [*new, (k, v)]
 
 
 def denoise(
@@ -141,35 +145,24 @@ def denoise(
     `soft` [B, L, D] is the previous step's soft embedding (None on a canvas's first step). `past` as
     in `encode`: on sliding layers every canvas position sees the same last window − 1 cached slots.
     """
-    h = self_condition(ops, config, w, canvas, soft)
-    rotaries = {kind: ops.rotary(offset, canvas.shape[1], f) for kind, f in w.frequencies.items()}
-    for index, (layer, lw) in enumerate(zip(config.layers, w.layers, strict=True)):
-        x, before = ops.rms_norm(h, lw.pre_attention, config.rms_eps), past[index] if past else None
-        rotary = rotaries[layer.kind]
-        a, _ = attention(
-            ops,
-            layer,
-            lw.attention,
-            x,
-            offset,
-            rotary,
-            before,
-            eps=config.rms_eps,
-            causal=False,
-            ragged=ragged,
-        )
-        h = h + ops.rms_norm(a, lw.post_attention, config.rms_eps)
-        h = (h + feedforward(ops, config, lw, h)) * lw.scalar
-    return ops.rms_norm(h, w.norm, config.rms_eps)
+    run = Pass(ops, config, offset, _rotary(ops, w, offset, canvas.shape[1]), False, ragged)
+    h = self_condition(run, w, canvas, soft)
+    for index, layer in enumerate(config.layers):
+        h, _ = block(run, layer, w.layers[index], h, past[index] if past else None)
+    return run.norm(h, w.norm)
 
 
-def self_condition(ops: Ops, config: Config, w: Weights, canvas: Array, soft: Array | None) -> Array:
+def _rotary(ops: Ops, w: Weights, offset: Array, length: int) -> dict[str, Any]:
+    return {kind: ops.rotary(offset, length, f) for kind, f in w.frequencies.items()}
+
+
+def self_condition(run: Pass, w: Weights, canvas: Array, soft: Array | None) -> Array:
     """Canvas embeddings with the self-conditioning block applied, [B, L, D]."""
-    e = ops.embed(w.embed, canvas) * w.embed_scale
+    e = run.ops.embed(w.embed, canvas) * w.embed_scale
     if soft is not None:  # a zero signal passes the bias-free block as zero: only the norm remains
-        n = ops.rms_norm(soft * w.embed_scale, w.self_conditioning.pre_norm, config.rms_eps)
-        e = e + mlp(ops, w.self_conditioning, n)
-    return ops.rms_norm(e, None, config.rms_eps)
+        n = run.norm(soft * w.embed_scale, w.self_conditioning.pre_norm)
+        e = e + mlp(run.ops, w.self_conditioning, n)
+    return run.norm(e, None)
 
 
 def step(

@@ -123,6 +123,8 @@ class Model:
     ) -> Generator[tuple[int, int], None, Context]:
         """`encode` as a generator: yields (done, total) slots after every chunk, returns the context."""
         rows = [self.check_tokens(row) for row in tokens]
+        if not rows:
+            raise PromptError("no rows of tokens to encode")
         if context is None:
             return (yield from self._prefill_rows(rows, None, chunk))
         if len(rows) != len(context.lengths):
@@ -138,8 +140,8 @@ class Model:
 
     def check_tokens(self, row: Sequence[int]) -> np.ndarray:
         """A row of token ids as an array; PromptError if it is empty or holds anything else."""
-        ids = np.asarray(row)
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        ids = _integers(row)
+        if ids is None or ids.ndim != 1 or not len(ids):
             raise PromptError("a row of tokens must be a non-empty list of integers")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             bad = ids[(ids < 0) | (ids >= self.config.vocab_size)][0]
@@ -263,9 +265,9 @@ class Model:
         return Step(refilled, argmax.astype(np.int64), entropy.astype(np.float32), accepted, new_soft)
 
     def _inputs(self, context: Context, canvas: Any) -> tuple[Array, Array]:
-        canvas = np.asarray(canvas)
-        if canvas.ndim != 2 or len(canvas) != len(context.lengths) or canvas.dtype.kind not in "iu":
-            raise PromptError(f"a canvas must be [{len(context.lengths)}, L] token ids, found {canvas.shape}")
+        canvas = _integers(canvas)
+        if canvas is None or canvas.ndim != 2 or len(canvas) != len(context.lengths):
+            raise PromptError(f"a canvas must be [{len(context.lengths)}, L] token ids")
         if canvas.size == 0 or canvas.min() < 0 or canvas.max() >= self.config.vocab_size:
             raise PromptError(f"a canvas token is outside the vocabulary of {self.config.vocab_size}")
         return self.ops.asarray(canvas), self.ops.asarray(context.lengths)
@@ -282,3 +284,12 @@ class Model:
         from .engine import generate
 
         return generate(self, prompt, **options)
+
+
+def _integers(x: Any) -> np.ndarray | None:
+    """`x` as an integer array, None if it is anything else."""
+    try:
+        array = np.asarray(x)
+    except (ValueError, TypeError):  # lists of unequal length
+        return None
+    return array if array.dtype.kind in "iu" else None

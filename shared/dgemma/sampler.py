@@ -41,8 +41,10 @@ class Noise:
     def _words(self, row: int, step: int, count: int) -> np.ndarray:
         # Raw words: NumPy promises the bit stream of Philox, not what distributions make of it.
         mask = 2**64 - 1
-        bits = np.random.Philox(key=[self.seed & mask, row & mask], counter=[0, 0, step, self.canvas])
-        return bits.random_raw(count)
+        # As uint64 arrays: from a list with one value beyond 2^63 NumPy makes floats, and drops low bits.
+        key = np.array([self.seed & mask, row & mask], np.uint64)
+        counter = np.array([0, 0, step, self.canvas], np.uint64)
+        return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 def row_ids(prompts: Sequence[Sequence[int]]) -> list[int]:
@@ -92,7 +94,7 @@ class Stop:
             same = [np.array_equal(canvas, before) for before in history]
             done[row] &= len(same) == self.config.stability and all(same)
             history.append(canvas)
-            del history[: len(history) - self.config.stability]
+            del history[: max(0, len(history) - self.config.stability)]
         return done
 
     def keep(self, rows: np.ndarray) -> None:

@@ -10,7 +10,7 @@ release for every architecture change, and buys that no weight is ever silently 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -23,7 +23,7 @@ GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning",
 _SKIPPED = re.compile(
     r"lm_head\.weight"
     r"|model\.encoder\.language_model\.(embed_tokens|norm)\.weight"
-    r"|model\.encoder\.language_model\.layers\.\d+\.(?!layer_scalar$)[\w.]+"
+    r"|model\.encoder\.language_model\.layers\.\d+\.(?!layer_scalar$)[\w.]+(?<!_proj\.bias)"
     r"|model\.(encoder|decoder)\.([\w.]+\.)?rotary_emb\.[\w.]+"
     r"|model\.decoder\.embed_tokens\.embed_scale|model\.encoder\.language_model\.embed_tokens\.embed_scale"
 )
@@ -94,9 +94,14 @@ def _layer(config: Config, index: int, layer: LayerConfig) -> Iterator[Param]:
     for name, own in _LAYER_NORMS.items():
         yield param(f"{name}.weight", (D,), "norm", own)
     yield param("layer_scalar", (1,), "norm", "scalar")
-    # The encoder shares everything with the decoder but this one number a layer.
-    name = f"model.encoder.language_model.layers.{index}.layer_scalar"
-    yield Param(name, (1,), "norm", ("layers", index, "encoder_scalar"))
+    # The encoder shares everything with the decoder but this one number a layer, and the biases, which
+    # transformers does not tie.
+    root = f"model.encoder.language_model.layers.{index}"
+    yield Param(f"{root}.layer_scalar", (1,), "norm", ("layers", index, "encoder_scalar"))
+    if config.attention_bias:
+        for name, shape in _projections(config, layer).items():
+            where = ("layers", index, "encoder_bias", name)
+            yield Param(f"{root}.self_attn.{name}_proj.bias", shape[:1], "attention", where)
 
 
 _LAYER_NORMS = {
@@ -110,18 +115,22 @@ _LAYER_NORMS = {
 }
 
 
-def _attention(config: Config, layer: LayerConfig, param) -> Iterator[Param]:  # type: ignore[no-untyped-def]
-    D, Q, C = config.hidden_size, config.heads * layer.head_dim, layer.head_dim
-    KV = layer.kv_heads * C
+def _projections(config: Config, layer: LayerConfig) -> dict[str, tuple[int, int]]:
+    """Shapes of the attention's matrices; full layers have no v_proj."""
+    D, Q, KV = config.hidden_size, config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     shapes = {"q": (Q, D), "k": (KV, D), "v": (KV, D), "o": (D, Q)}
     if layer.shares_kv:
         del shapes["v"]
-    for name, shape in shapes.items():
+    return shapes
+
+
+def _attention(config: Config, layer: LayerConfig, param: Callable[..., Param]) -> Iterator[Param]:
+    for name, shape in _projections(config, layer).items():
         yield param(f"self_attn.{name}_proj.weight", shape, "attention", "attention", name)
         if config.attention_bias:
-            yield param(f"self_attn.{name}_proj.bias", shape[:1], "attention", "attention", f"{name}_bias")
+            yield param(f"self_attn.{name}_proj.bias", shape[:1], "attention", "bias", name)
     for name in ("q_norm", "k_norm"):
-        yield param(f"self_attn.{name}.weight", (C,), "norm", "attention", name)
+        yield param(f"self_attn.{name}.weight", (layer.head_dim,), "norm", "attention", name)
 
 
 def _vision(vision: VisionConfig, hidden_size: int) -> Iterator[Param]:

@@ -26,10 +26,16 @@ class AttentionWeights:
     q_norm: Array  # [C]
     k_norm: Array  # [C]
     v: Array | None = None  # [G·C, D]; None on full layers, where V is k's projection
-    q_bias: Array | None = None
-    k_bias: Array | None = None
-    v_bias: Array | None = None
-    o_bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class BiasWeights:
+    """Biases of the four projections, all None in the released model."""
+
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    o: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,10 @@ class LayerWeights:
     post_experts: Array
     post_feedforward: Array
     scalar: Array  # [1], decoder
-    encoder_scalar: Array  # [1], encoder: the only weight the two do not share
+    # What encoder and decoder do not share: one scalar, and biases where there are any.
+    encoder_scalar: Array  # [1], encoder
+    bias: BiasWeights
+    encoder_bias: BiasWeights
 
 
 @dataclass(frozen=True)
@@ -123,5 +132,7 @@ def _layer(node: dict[str, Any]) -> LayerWeights:
         "mlp": MlpWeights(**node.pop("mlp")),
         "experts": ExpertWeights(**node.pop("experts")),
         "router": RouterWeights(**node.pop("router")),
+        "bias": BiasWeights(**node.pop("bias", {})),
+        "encoder_bias": BiasWeights(**node.pop("encoder_bias", {})),
     }
     return LayerWeights(**parts, **node)

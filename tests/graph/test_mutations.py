@@ -1,0 +1,250 @@
+"""Planted graph bugs: each must move the logits away from transformers by far more than rounding does.
+
+A copy of the package gets one textual edit each, and a subprocess that needs only NumPy compares all
+copies with transformers' logits. This keeps the oracle honest: tame weights, prompts longer than the
+window and a second canvas are there because without them some of these bugs do not show.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dgemma
+from tests.oracle import Reference, oracle, softmax, tokens
+
+PACKAGE = Path(dgemma.__file__).parent
+LIMIT = 1e-3  # a bug moves the logits by at least this, relative to the largest
+
+
+@dataclass(frozen=True)
+class Bug:
+    """An edit of one module of the package: `old` occurs exactly once in it."""
+
+    module: str
+    old: str
+    new: str
+
+
+BUGS = {
+    "router fed the normed stream": Bug(
+        "graph.py",
+        "weights, ids = ops.router(h, ",
+        "weights, ids = ops.router(run.norm(h, w.pre_experts), ",
+    ),
+    "encoder scalar is the decoder's": Bug(
+        "graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.encoder_bias, w.scalar)"
+    ),
+    "encoder biases are the decoder's": Bug(
+        "graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.bias, w.encoder_scalar)"
+    ),
+    "V after k_norm": Bug(
+        "graph.py",
+        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+        "    v = k if w.v is None else v\n    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+    ),
+    "V after k_norm and RoPE": Bug(
+        "graph.py",
+        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+        "    v = ops.rope(k, rotary) if w.v is None else v\n"
+        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+    ),
+    "RoPE exponent over the rotated part": Bug(
+        "weights.py", "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
+    ),
+    "RoPE rotates every pair": Bug(
+        "weights.py", "np.where(pairs < layer.rope_pairs, frequencies, 0.0)", "frequencies"
+    ),
+    "decoder's sliding layers see the whole cache": Bug(
+        "cache.py",
+        "self._last(kv, layer.window - 1) if layer.window else kv",
+        "self._last(kv, layer.window - 1 + self.slack) if layer.window else kv",
+    ),
+    "decoder sees window, not window - 1": Bug(
+        "cache.py",
+        "self._last(kv, layer.window - 1) if layer.window else kv",
+        "self._last(kv, layer.window) if layer.window else kv",
+    ),
+    "decoder's window is a band": Bug(
+        "ops.py",
+        "        return mask\n\n    def attention(",
+        "        if not causal and window is not None:\n"
+        "            mask = key > query - window if mask is None else mask & (key > query - window)\n"
+        "        return mask\n\n    def attention(",
+    ),
+    "encoder sees one token too many": Bug("ops.py", "(key > query - window)", "(key >= query - window)"),
+    "encoder without its window": Bug("ops.py", "mask = mask & (key > query - window)", "pass"),
+    "decoder is causal": Bug("graph.py", "pad, run.causal, layer.window)", "pad, True, layer.window)"),
+    "self-conditioning without its last norm": Bug(
+        "graph.py", "    return run.norm(e, None)", "    return e"
+    ),
+    "last norm only where there is a signal": Bug(
+        "graph.py",
+        "    return run.norm(e, None)",
+        "    return e if soft is None else run.norm(e, None)",
+    ),
+    "soft embedding without √D and norm": Bug(
+        "graph.py",
+        "run.norm(soft * w.embed_scale, w.self_conditioning.pre_norm)",
+        "soft * w.self_conditioning.pre_norm",
+    ),
+    "canvas embedding without √D": Bug(
+        "graph.py", "ops.embed(w.embed, canvas) * w.embed_scale", "ops.embed(w.embed, canvas)"
+    ),
+    "prompt embedding without √D": Bug(
+        "graph.py", "h = ops.embed(w.embed, tokens) * w.embed_scale", "h = ops.embed(w.embed, tokens)"
+    ),
+    # Leaving out the renormalisation changes no logit: the norm behind the experts cancels a token's
+    # common factor. test_transformers.py compares the router's weights themselves.
+    "experts weighted equally": Bug(
+        "ops.py",
+        "weights = weights / self.sum(weights, -1, keepdims=True)",
+        "weights = weights * 0.0 + 1.0 / k",
+    ),
+    "no per-expert scale": Bug(
+        "ops.py", "return weights * self.take(self.wide(expert_scale), ids), ids", "return weights, ids"
+    ),
+    "router without its scale": Bug(
+        "ops.py", "* self.wide(scale) * h.shape[-1] ** -0.5", "* h.shape[-1] ** -0.5"
+    ),
+    "router without 1/√D": Bug("ops.py", "* self.wide(scale) * h.shape[-1] ** -0.5", "* self.wide(scale)"),
+    "experts' gate and up swapped": Bug(
+        "ops.py", "self.geglu(y[:, :half], y[:, half:])", "self.geglu(y[:, half:], y[:, :half])"
+    ),
+    "scores scaled by 1/√C": Bug(
+        "ops.py",
+        "self.transpose(self.wide(k), 0, 1, 3, 2))",
+        "self.transpose(self.wide(k), 0, 1, 3, 2) * C**-0.5)",
+    ),
+    "norms with 1 + weight": Bug("ops.py", "y = y * self.wide(weight)", "y = y * (1 + self.wide(weight))"),
+    "no softcap": Bug(
+        "ops.py",
+        "return softcap * self.tanh(self.wide(self.linear(h, table)) / softcap)",
+        "return self.wide(self.linear(h, table))",
+    ),
+    "V not normed": Bug("graph.py", "ops.rope(k, rotary), run.norm(v, None)", "ops.rope(k, rotary), v"),
+    "post-attention norms left out": Bug(
+        "graph.py",
+        "h = h + run.norm(a, w.post_attention)",
+        "h = h + a",
+    ),
+    "experts read the dense MLP's norm": Bug(
+        "graph.py", "ops.experts(run.norm(h, w.pre_experts)", "ops.experts(run.norm(h, w.pre_mlp)"
+    ),
+    "experts added behind the last norm": Bug(
+        "graph.py",
+        "return run.norm(m + run.norm(x, w.post_experts), w.post_feedforward)",
+        "return run.norm(m, w.post_feedforward) + run.norm(x, w.post_experts)",
+    ),
+    "canvas positions start anew": Bug(
+        "graph.py",
+        "_rotary(ops, w, offset, canvas.shape[1])",
+        "_rotary(ops, w, offset * 0, canvas.shape[1])",
+    ),
+}
+
+# What the subprocess runs: one argument a copy of the package; prints {copy: error}, or why it broke.
+SCRIPT = """
+import json, sys
+import numpy as np
+
+folder, *copies = sys.argv[1:]
+data = np.load(folder + "/oracle.npz")
+config_json = json.load(open(folder + "/config.json"))
+
+def error():
+    from dgemma import config, numpy_ops, spec, weights
+    from dgemma.model import Model
+    ops, geometry = numpy_ops.NumpyOps(), config.read_config(config_json)
+    frequencies = {layer.kind: weights.rope_frequencies(layer) for layer in geometry.layers}
+    constants = {"embed_scale": geometry.hidden_size**0.5, "frequencies": frequencies}
+    table = spec.text_parameters(geometry)
+    tree = weights.build(geometry, table, lambda param: ops.asarray(data[param.name]), constants)
+    model = Model(ops, geometry, None, tree, None)
+    worst, context = 0.0, None
+    for index in range(2):
+        context = model.encode(data[f"tokens{index}"], context)
+        for soft, name in ((None, "first"), (model.soft_embedding(data[f"probs{index}"]), "second")):
+            expected = data[f"{name}{index}"]
+            difference = np.abs(model.logits(context, data["canvas"], soft) - expected)
+            worst = max(worst, float(difference.max() / np.abs(expected).max()))
+    return worst
+
+report = {}
+for copy in copies:
+    for name in [name for name in sys.modules if name.split(".")[0] == "dgemma"]:
+        del sys.modules[name]
+    sys.path.insert(0, folder + "/" + copy)
+    try:
+        import dgemma
+        assert dgemma.__file__.startswith(folder + "/" + copy + "/"), dgemma.__file__
+        report[copy] = error()
+    except (ValueError, KeyError, IndexError, TypeError) as broken:
+        report[copy] = f"{type(broken).__name__}: {broken}"
+    sys.path.pop(0)
+assert "torch" not in sys.modules and "mlx" not in sys.modules
+print(json.dumps(report))
+"""
+
+
+def _write_oracle(folder: Path) -> None:
+    source = oracle("bias")
+    reference = Reference(source.hf)
+    arrays: dict[str, Any] = dict(source.state)
+    arrays["canvas"] = canvas = tokens(1, 1, 16)
+    for index, length in enumerate((30, 16)):
+        arrays[f"tokens{index}"] = piece = tokens(index + 2, 1, length)
+        reference.encode(piece)
+        arrays[f"first{index}"] = first = reference.logits(canvas)
+        arrays[f"probs{index}"] = softmax(first / 0.7)
+        arrays[f"second{index}"] = reference.logits(canvas, first / 0.7)
+    np.savez(folder / "oracle.npz", **arrays)
+    (folder / "config.json").write_text(json.dumps(source.hf.config.to_dict(), default=str))
+
+
+def _write_copy(folder: Path, bug: Bug | None) -> None:
+    heavy = shutil.ignore_patterns("__pycache__", "*.safetensors", "tokenizer.json")
+    shutil.copytree(PACKAGE, folder / "dgemma", ignore=heavy)
+    if bug is not None:
+        path = folder / "dgemma" / bug.module
+        text = path.read_text(encoding="utf-8")
+        assert text.count(bug.old) == 1, f"{bug.module} has {text.count(bug.old)} times: {bug.old}"
+        path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float | str]:
+    """Error of every copy by the bug's name, of the unedited one as "none"."""
+    folder = tmp_path_factory.mktemp("mutations")
+    _write_oracle(folder)
+    copies = {"none": "copy"} | {name: f"copy{index}" for index, name in enumerate(BUGS)}
+    for name, copy in copies.items():
+        _write_copy(folder / copy, BUGS.get(name))
+    command = [sys.executable, "-c", SCRIPT, str(folder), *copies.values()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    return {name: errors[copy] for name, copy in copies.items()}
+
+
+def test_unedited_copy_is_right(report: dict[str, float | str]) -> None:
+    error = report["none"]
+    assert isinstance(error, float), error
+    print(f"max error {error:.1e}")
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_found(report: dict[str, float | str], bug: str) -> None:
+    error = report[bug]
+    assert isinstance(error, float), f"the edit breaks the program instead of its result: {error}"
+    print(f"{bug}: {error:.1e}")
+    assert not error < LIMIT  # NaN counts as found

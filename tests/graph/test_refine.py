@@ -1,0 +1,189 @@
+"""One denoising step at a time against transformers' sampler, always from the same state.
+
+Free-running trajectories are chaotic: two correct implementations part within 24 steps. So the state
+(canvas, soft embedding, temperature) comes from the oracle each time, and randomness is an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    EntropyBoundSamplerConfig,
+    LinearTemperatureScheduleLogitsProcessor,
+    StableAndConfidentStoppingCriteria,
+)
+
+from dgemma import sampler
+from dgemma.errors import ConfigError
+from dgemma.model import Step
+from dgemma.numpy_ops import NumpyOps
+from dgemma.ops import Ops
+from tests.compare import backends, close, make
+from tests.oracle import GENERATION, Reference, entropies, oracle, our_model, softmax, tokens
+
+STEPS = 24
+CONFIG = replace(GENERATION, steps=STEPS)
+
+
+@pytest.fixture(params=backends("float32", reference=True))
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return make(request.param)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of transformers' trajectory: what went in, and its processed logits."""
+
+    canvas: np.ndarray
+    previous: np.ndarray | None  # processed logits of the step before
+    temperature: float
+    uniforms: np.ndarray
+    noise: np.ndarray
+    processed: np.ndarray
+
+    @property
+    def sample(self) -> np.ndarray:
+        """Inverse CDF in float64: the first token whose cumulative probability exceeds the uniform."""
+        reach = np.cumsum(softmax(self.processed), -1)
+        return (reach <= self.uniforms[..., None]).sum(-1)
+
+    @property
+    def accepted(self) -> np.ndarray:
+        """Which positions transformers' own sampler accepts."""
+        theirs = EntropyBoundSampler(
+            EntropyBoundSamplerConfig(CONFIG.entropy_bound),
+            self.canvas.shape[1],
+            self.processed.shape[-1],
+            STEPS,
+        )
+        canvas = torch.as_tensor(self.canvas)
+        theirs.accept_canvas(canvas, canvas, torch.as_tensor(self.processed), 0)
+        assert theirs.accepted_token_mask is not None
+        return theirs.accepted_token_mask.numpy()
+
+    @property
+    def next_canvas(self) -> np.ndarray:
+        return np.where(self.accepted, self.sample, self.noise)
+
+
+PROMPT = tokens(0, 2, 30)
+
+
+def trajectory(name: str) -> Iterator[Moment]:
+    """transformers' canvases for PROMPT, with our noise in place of its generator."""
+    source = oracle(name)
+    length = source.config.canvas_length
+    reference = Reference(source.hf).encode(PROMPT)
+    noise = sampler.Noise(7, (0, 1), 0, source.vocab)
+    schedule = LinearTemperatureScheduleLogitsProcessor(CONFIG.t_min, CONFIG.t_max, STEPS)
+    canvas, previous = noise.start(STEPS, length), None
+    for n in range(STEPS, 0, -1):
+        logits = torch.as_tensor(reference.logits(canvas, previous))
+        processed = schedule(None, logits, cur_step=n).numpy()
+        moment = Moment(canvas, previous, sampler.temperature(CONFIG, n), *noise.draw(n, length), processed)
+        yield moment
+        canvas, previous = moment.next_canvas, processed
+
+
+@pytest.mark.parametrize(("name", "tiled"), [("window", False), ("window", True), ("odd", False)])
+def test_steps_from_transformers_state(ops: Ops, name: str, tiled: bool) -> None:
+    """24 steps, each from transformers' state: argmax, entropy, acceptance, sample and next canvas."""
+    if tiled:  # as a real vocabulary is read: in tiles, some rows at a time
+        ops.vocab_tile, ops.vocab_rows = 33, 10
+    model = our_model(ops, oracle(name), entropy_bound=CONFIG.entropy_bound)
+    context, partly = model.encode(PROMPT), 0
+    for index, moment in enumerate(trajectory(name)):
+        soft = None if moment.previous is None else model.soft_embedding(softmax(moment.previous))
+        step = model.refine(context, moment.canvas, soft, moment.temperature, moment.uniforms, moment.noise)
+        np.testing.assert_array_equal(step.argmax, moment.processed.argmax(-1), f"step {index}: argmax")
+        close(step.entropy, entropies(moment.processed), 1e-4, f"step {index}: entropy")
+        np.testing.assert_array_equal(step.accepted, moment.accepted, f"step {index}: accepted")
+        np.testing.assert_array_equal(step.canvas, moment.next_canvas, f"step {index}: canvas")
+        probs = softmax(moment.processed)
+        close(ops.to_numpy(step.soft), ops.to_numpy(model.soft_embedding(probs)), 1e-4, f"step {index}: soft")
+        partly += 0 < step.accepted.sum() < step.accepted.size
+    assert partly == STEPS, "the bound must accept some positions of every step, and not all"
+
+
+@pytest.mark.parametrize("name", ["window", "deep"])
+@pytest.mark.parametrize("backend", backends("float32"))
+def test_steps_from_float64_state(backend: tuple[str, str], name: str) -> None:
+    """24 steps, each from NumPy's float64 state: not one token differs in float32."""
+    source = oracle(name)
+    exact, model = our_model(NumpyOps(), source), our_model(make(backend), source)
+    noise = sampler.Noise(11, (0, 1), 0, source.vocab)
+    ours, theirs = model.encode(PROMPT), exact.encode(PROMPT)
+    canvas, step = noise.start(STEPS, 16), None
+    for n in range(STEPS, 0, -1):
+        arguments = sampler.temperature(CONFIG, n), *noise.draw(n, 16)
+        before: Step | None = step
+        step = exact.refine(theirs, canvas, before and before.soft, *arguments)
+        other = model.refine(ours, canvas, before and before.soft, *arguments)
+        for what in ("canvas", "argmax", "accepted"):
+            np.testing.assert_array_equal(getattr(other, what), getattr(step, what), f"step {n}: {what}")
+        close(other.entropy, step.entropy, 1e-4, f"step {n}: entropy")
+        canvas = step.canvas
+
+
+def test_first_step_is_the_schedule_top() -> None:
+    assert sampler.temperature(CONFIG, STEPS) == CONFIG.t_max
+    theirs = LinearTemperatureScheduleLogitsProcessor(CONFIG.t_min, CONFIG.t_max, STEPS)
+    for n in range(1, STEPS + 1):
+        scaled = theirs(None, torch.ones(1, dtype=torch.float64), cur_step=n).item()
+        assert sampler.temperature(CONFIG, n) == pytest.approx(1 / scaled, rel=1e-12)
+
+
+# ---- the stop rule ------------------------------------------------------------------------------
+
+
+def stop_sequence(seed: int, rows: int, steps: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Argmax canvases [B, 3] that often repeat, and logits [B, 3, 5] about as often confident."""
+    rng = np.random.default_rng(seed)
+    canvas = rng.integers(0, 5, (rows, 3))
+    for _ in range(steps):
+        moves = rng.random(rows) < 0.3
+        canvas = np.where(moves[:, None], rng.integers(0, 5, (rows, 3)), canvas)
+        sharp = rng.choice([3.0, 12.0], (rows, 1, 1), p=[0.3, 0.7])
+        logits = rng.normal(0, 0.3, (rows, 3, 5))
+        np.put_along_axis(logits, canvas[..., None], sharp + logits[..., :1], -1)
+        yield canvas, logits.astype(np.float32)
+
+
+@pytest.mark.parametrize("stability", [0, 1, 2, 3])
+def test_stop_rule(stability: int) -> None:
+    stopped = 0
+    for seed in range(20):
+        theirs = StableAndConfidentStoppingCriteria(stability, 0.005)
+        ours = sampler.Stop(replace(CONFIG, stability=stability, confidence=0.005), 4)
+        for step, (canvas, logits) in enumerate(stop_sequence(seed, 4, 12)):
+            expected = theirs(torch.as_tensor(canvas), torch.as_tensor(logits)).numpy()
+            done = ours(canvas, entropies(logits).astype(np.float32))
+            np.testing.assert_array_equal(done, expected, f"seed {seed}, step {step}")
+            stopped += int(done.sum())
+    assert 50 < stopped < 900, stopped
+
+
+def test_stop_rule_of_remaining_rows() -> None:
+    """`keep` forgets rows; the others decide as before."""
+    ours, kept = (sampler.Stop(replace(CONFIG, stability=2), 3) for _ in range(2))
+    rows = np.arange(3)
+    for step, (canvas, logits) in enumerate(stop_sequence(3, 3, 10)):
+        if step in (3, 6):
+            rows = rows[1:] if step == 3 else rows[:1]
+            kept.keep(np.array([1, 2] if step == 3 else [0]))
+        entropy = entropies(logits)
+        np.testing.assert_array_equal(kept(canvas[rows], entropy[rows]), ours(canvas, entropy)[rows])
+
+
+def test_stability_of_zero_is_a_setting() -> None:
+    """transformers takes 0 (confidence alone decides); the same setting must not be refused here."""
+    try:
+        assert GENERATION.override(stability=0).stability == 0
+    except ConfigError as error:
+        pytest.fail(f"stability 0 is refused: {error}")
