@@ -21,7 +21,9 @@ from rich.text import Text
 import dgemma
 from dgemma.live import View
 
-PROMPT = "Replace cat with horse: the old cat ran under our big table"
+PROMPT = "Extract as JSON: name Quillan, age 36, city Oslo, color green"
+# Ten times stricter than the checkpoint's: the embedded model is so sure that two steps would do.
+ENTROPY_BOUND = 0.01
 WIDTH = 88
 THEME = TerminalTheme(
     (24, 26, 33),
@@ -42,19 +44,19 @@ def chosen(count: int, most: int = 5) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
 
 
-def frames(model: dgemma.Model, prompt: str, seed: int) -> tuple[Console, str]:
+def frames(model: dgemma.Model, prompt: str, seed: int, bound: float) -> tuple[Console, str]:
     """A recording of the chosen steps of the first canvas, and the reply."""
-    events = list(model.generate([{"role": "user", "content": prompt}], seed=seed))
+    events = list(model.generate([{"role": "user", "content": prompt}], seed=seed, entropy_bound=bound))
     console = Console(record=True, width=WIDTH, height=20, file=io.StringIO(), force_terminal=True)
-    heading(console, prompt)
+    heading(console, prompt, bound)
     drafts = [event for event in events if isinstance(event, dgemma.Draft) and event.canvas == 0]
     draw(console, View(model.tokenizer, model.generation), drafts, chosen(len(drafts)))
     done = next(event for event in events if isinstance(event, dgemma.Done))
     return console, done.text
 
 
-def heading(console: Console, prompt: str) -> None:
-    console.print(Text(f'$ dgemma generate --prompt "{prompt}"', "bold"))
+def heading(console: Console, prompt: str, bound: float) -> None:
+    console.print(Text(f'$ dgemma generate --entropy-bound {bound} --prompt \\\n    "{prompt}"', "bold"))
     console.print()
 
 
@@ -97,9 +99,10 @@ def legend(console: Console) -> None:
 @click.option("--model", help="A checkpoint's folder or a hub id.  [default: the embedded model]")
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-def main(out: Path, model: str | None, prompt: str, seed: int) -> None:
+@click.option("--entropy-bound", type=float, default=ENTROPY_BOUND, show_default=True)
+def main(out: Path, model: str | None, prompt: str, seed: int, entropy_bound: float) -> None:
     """Write a picture of a canvas that settles, and print the reply."""
-    console, reply = frames(dgemma.load(model, backend="numpy"), prompt, seed)
+    console, reply = frames(dgemma.load(model, backend="numpy"), prompt, seed, entropy_bound)
     legend(console)
     svg = console.export_svg(title="dgemma", theme=THEME, code_format=FORMAT, unique_id="canvas")
     out.write_text(without_margins(svg), encoding="utf-8")
