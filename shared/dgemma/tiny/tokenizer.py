@@ -8,12 +8,11 @@ list of words to keep in step with the tasks.
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dgemma.tiny import tasks
+from dgemma.tiny import MODEL_DIR, tasks
 
 VOCAB_SIZE = 480
 SPACE = "▁"
@@ -94,7 +93,8 @@ def build_tokenizer() -> Tokenizer:
 
 
 def chat_template() -> str:
-    return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+    """The template's source, which lives in the checkpoint."""
+    return (MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def _config() -> dict[str, object]:
@@ -113,4 +113,4 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(Path(__file__).parent / "chat_template.jinja", folder / "chat_template.jinja")
+    (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
