@@ -323,8 +323,10 @@ def test_tied_copies_are_left_unread(tmp_path: Path) -> None:
 
 def test_attention_bias(tmp_path: Path) -> None:
     weights = Checkpoint.open(make_checkpoint(tmp_path, small(attention_bias=True))).load(NumpyOps())
-    assert leaves(weights)["layers", 0, "attention", "v_bias"].shape == (32,)
-    assert weights.layers[3].attention.v_bias is None
+    for own in ("bias", "encoder_bias"):  # transformers ties no bias
+        assert leaves(weights)["layers", 0, own, "v"].shape == (32,)
+    assert weights.layers[3].bias.v is None and weights.layers[3].encoder_bias.v is None
+    assert not np.array_equal(weights.layers[0].bias.q, weights.layers[0].encoder_bias.q)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors"])
