@@ -102,8 +102,8 @@ class Batch:
 class Sampler:
     """Endless batches of training examples, one bucket of context length at a time."""
 
-    def __init__(self, canvas_length: int, window: int):
-        self.canvas_length, self.window = canvas_length, window
+    def __init__(self, canvas_length: int):
+        self.canvas_length = canvas_length
         self.tokenizer = tiny_tokenizer.build_tokenizer()
         self.template = ChatTemplate(tiny_tokenizer.chat_template(), {"bos_token": "<bos>"})
         names = list(MIXTURE)
@@ -191,7 +191,6 @@ class Trainer:
             soft = ops.soft_embedding(p, w.embed) * conditioned[:, None, None].to(ops.dtype)
         z = logits(soft.detach()).flatten(0, 1)
         target = batch.canvas.flatten()
-        # The first filler position matters as much as the answer; the run of filler behind it does not.
         filler = (batch.canvas == FILL_ID).flatten()
         share = torch.where(filler, FILL_WEIGHT, 1.0)
         return (F.cross_entropy(z, target, reduction="none") * share).sum() / share.sum()
@@ -298,7 +297,7 @@ def main(
         load_state(trainer, warm, weights_only=True)
     first = load_state(trainer, state, weights_only=False)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
-    batches = Sampler(config.canvas_length, config.window or 0).batches(np.random.default_rng([seed, first]))
+    batches = Sampler(config.canvas_length).batches(np.random.default_rng([seed, first]))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     average = 0.0
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
