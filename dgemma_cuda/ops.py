@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Ops, Stored
+from dgemma.quantized import Quantized
 
 
 class CudaOps(Ops):
@@ -38,6 +39,12 @@ class CudaOps(Ops):
         x = torch.from_numpy(stored.data.copy())
         x = x.view(torch.bfloat16) if stored.dtype == "BF16" else x
         return x.to(self.device, torch.float32 if wide else self.dtype)
+
+    def raw(self, x: np.ndarray) -> Array:
+        return torch.from_numpy(x.copy()).to(self.device)
+
+    def integer(self, x: Array) -> Array:
+        return x.int()
 
     def to_numpy(self, x: Array) -> np.ndarray:
         x = x.detach()
@@ -107,20 +114,26 @@ class CudaOps(Ops):
         return torch.cumsum(x, axis)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        return F.linear(x, weight, bias)
+        return F.linear(x, self.dense(weight), bias)
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
         ends = torch.searchsorted(experts, torch.arange(len(weight), device=x.device), right=True)
         if self._groupable(weight):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
-        # Reads the host: for comparisons in float32 on a GPU and for odd test sizes, no released
-        # checkpoint comes here.
+        # Reads the host: for records, which are widened one expert at a time, for comparisons in float32
+        # on a GPU and for odd test sizes.
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
-        parts = zip(x.split(counts), weight, strict=True)
-        return torch.cat([F.linear(rows, matrix) for rows, matrix in parts])
+        parts = [
+            F.linear(rows, self.dense(weight[expert]))
+            for expert, rows in enumerate(x.split(counts))
+            if len(rows)
+        ]
+        return torch.cat(parts)
 
     def _groupable(self, weight: Array) -> bool:
-        """Whether `F.grouped_mm` takes it: rows of whole 16 bytes, and on a GPU bfloat16 only."""
+        """Whether `F.grouped_mm` takes it: rows of whole 16 bytes, on a GPU bfloat16 only, and no record."""
+        if isinstance(weight, Quantized):
+            return False
         whole = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
         return whole and (not weight.is_cuda or weight.dtype == torch.bfloat16)
 

@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,15 @@ from .ops import CudaOps
 # How often each task is drawn. Arithmetic, counting and replacing words learn slowest.
 MIXTURE = {
     "add": 4.0,
-    "subtract": 3.5,
+    "subtract": 4.0,
     "reverse": 0.5,
     "sort": 0.7,
-    "json": 0.7,
-    "repair": 1.5,
+    "json": 0.9,
+    "repair": 1.0,
     "replace": 3.0,
-    "count": 4.0,
-    "think": 3.0,
-    "tool": 0.8,
+    "count": 3.5,
+    "think": 4.0,
+    "tool": 0.6,
 }
 # Rows a batch by context slots: contexts are padded on the left to one of these lengths, so that
 # compilation sees four shapes.
@@ -117,14 +117,16 @@ class Sampler:
         return ids[0], ids[1]
 
     def pair(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """A context and the full canvas that follows it, from a random canvas of a random answer."""
+        """A context and the full canvas that follows it, from one canvas of a random answer."""
         while True:
             example = tasks.sample(rng, self.names[rng.choice(len(self.names), p=self.shares)])
             if not tasks.held_out(example):
                 break
         prompt, answer = self.encode(example)
         L = self.canvas_length
-        start = L * int(rng.integers(0, math.ceil(len(answer) / L)))
+        canvases = math.ceil(len(answer) / L)
+        # Half the time the last: where to stop is what is learnt slowest.
+        start = L * (canvases - 1 if rng.random() < 0.5 else int(rng.integers(0, canvases)))
         canvas = answer[start : start + L]
         return prompt + answer[:start], canvas + [FILL_ID] * (L - len(canvas))
 
@@ -170,10 +172,8 @@ class Trainer:
 
         return build(self.config, self.table, leaf, constants)
 
-    def _loss(
-        self, batch: Batch, noisy: torch.Tensor, conditioned: torch.Tensor, temperature: torch.Tensor
-    ) -> torch.Tensor:
-        """Mean cross-entropy over canvas positions; `conditioned` [B] says which rows see a first pass."""
+    def _loss(self, batch: Batch, noisy: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy over canvas positions, each row's mean; the first half of the rows is conditioned."""
         ops, config, w = self.ops, self.config, self.weights()
         new = graph.encode(ops, config, w, batch.context, batch.offset, None, ragged=True)
         past = [
@@ -181,24 +181,27 @@ class Trainer:
             for layer, (k, v) in zip(config.layers, new, strict=True)
         ]
         offset = batch.offset + batch.context.shape[1]
+        half = len(noisy) // 2
 
-        def logits(soft: torch.Tensor | None) -> torch.Tensor:
-            h = graph.denoise(ops, config, w, noisy, soft, offset, past, ragged=True)
+        def logits(rows: slice, soft: torch.Tensor | None) -> torch.Tensor:
+            own = [(k[rows], v[rows]) for k, v in past]
+            h = graph.denoise(ops, config, w, noisy[rows], soft, offset[rows], own, ragged=True)
             return ops.logits(h, w.embed, config.softcap)
 
         with torch.no_grad():
-            p = torch.softmax(logits(None) / temperature[:, None, None], -1)
-            soft = ops.soft_embedding(p, w.embed) * conditioned[:, None, None].to(ops.dtype)
-        z = logits(soft.detach()).flatten(0, 1)
-        target = batch.canvas.flatten()
-        filler = (batch.canvas == FILL_ID).flatten()
-        share = torch.where(filler, FILL_WEIGHT, 1.0)
-        return (F.cross_entropy(z, target, reduction="none") * share).sum() / share.sum()
+            p = torch.softmax(logits(slice(half), None) / temperature[:half, None, None], -1)
+            soft = ops.soft_embedding(p, w.embed)
+            soft = F.pad(soft, (0, 0, 0, 0, 0, len(noisy) - half))  # a zero signal is no conditioning
+        z = logits(slice(None), soft)
+        # A short answer counts as much as a long one: a mean a row.
+        share = torch.where(batch.canvas == FILL_ID, FILL_WEIGHT, 1.0)
+        share = share / share.sum(-1, keepdim=True) / len(noisy)
+        return (F.cross_entropy(z.transpose(1, 2), batch.canvas, reduction="none") * share).sum()
 
     def step(self, batch: Batch, rng: torch.Generator, lr: float) -> float:
         """One update; returns the loss."""
-        noisy, conditioned, temperature = corrupt(batch.canvas, self.config.vocab_size, rng)
-        loss = self.loss(batch, noisy, conditioned, temperature)
+        noisy, temperature = corrupt(batch.canvas, self.config.vocab_size, rng)
+        loss = self.loss(batch, noisy, temperature)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params.values(), 1.0)
         for group in self.optimizer.param_groups:
@@ -208,19 +211,16 @@ class Trainer:
         return float(loss.detach())
 
 
-def corrupt(
-    canvas: torch.Tensor, vocab_size: int, rng: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Noisy canvas [B, L], which rows are self-conditioned [B], and the first pass's temperature [B]."""
+def corrupt(canvas: torch.Tensor, vocab_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy canvas [B, L] and the temperature of each row's first pass [B]."""
     B, L = canvas.shape
     t = torch.rand(B, generator=rng)
     t = torch.where(torch.rand(B, generator=rng) < PURE_NOISE, 1.0, t)
     noise = torch.randint(0, vocab_size, (B, L), generator=rng)
     noisy = torch.where(torch.rand(B, L, generator=rng) < t[:, None], noise, canvas)
-    conditioned = torch.rand(B, generator=rng) < 0.5
     # The sampler anneals between these two, and conditions on the tempered prediction.
     low, high = GENERATION_CONFIG["t_min"], GENERATION_CONFIG["t_max"]
-    return noisy, conditioned, low + (high - low) * torch.rand(B, generator=rng)
+    return noisy, low + (high - low) * torch.rand(B, generator=rng)
 
 
 def initial(param: Param, config: Config, generator: torch.Generator) -> torch.Tensor:
@@ -248,16 +248,19 @@ def save_state(trainer: Trainer, step: int, folder: Path) -> None:
     (folder / "step.json").write_text(json.dumps({"step": step}))
 
 
-def load_state(trainer: Trainer, folder: Path, weights_only: bool) -> int:
-    """Continue from `save_state`; returns the step (0 when there is nothing, or only weights are taken)."""
+def load_weights(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Take every parameter from `tensors`, by name."""
+    with torch.no_grad():
+        for name, w in trainer.params.items():
+            w.copy_(tensors[name])
+
+
+def load_state(trainer: Trainer, folder: Path) -> int:
+    """Continue from `save_state`; returns the step, 0 when there is nothing to continue."""
     if not (folder / "state.safetensors").exists():
         return 0
     tensors = load_file(folder / "state.safetensors")
-    with torch.no_grad():
-        for name, w in trainer.params.items():
-            w.copy_(tensors[f"param.{name}"])
-    if weights_only:
-        return 0
+    load_weights(trainer, {name.removeprefix("param."): tensor for name, tensor in tensors.items()})
     state = trainer.optimizer.state_dict()
     state["state"] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -287,15 +290,15 @@ def write_checkpoint(trainer: Trainer, folder: Path) -> None:
 @click.option("--lr", default=2e-3, show_default=True, help="Peak learning rate.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, help="Needs a C++ compiler.")
-@click.option("--warm", type=click.Path(path_type=Path), help="Start from the weights of this state folder.")
+@click.option("--warm", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint.")
 def main(
     steps: int, state: Path, out: Path, seed: int, lr: float, dtype: str, compiled: bool, warm: Path | None
 ) -> None:
     config = read_config(CONFIG)
     trainer = Trainer(config, getattr(torch, dtype), compiled, seed)
     if warm is not None:
-        load_state(trainer, warm, weights_only=True)
-    first = load_state(trainer, state, weights_only=False)
+        load_weights(trainer, load_file(warm / "model.safetensors"))
+    first = load_state(trainer, state)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
     batches = Sampler(config.canvas_length).batches(np.random.default_rng([seed, first]))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -17,7 +17,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -26,7 +26,9 @@ import numpy as np
 
 from .config import Config, GenerationConfig, load_json, read_config, read_generation_config
 from .errors import CheckpointError, ConfigError
+from .layouts import SUPPORTED, Layout, Piece, Source, detect
 from .ops import Ops, Stored
+from .quantized import Form, Quantized
 from .spec import Param, is_skipped, parameters, text_parameters
 from .weights import Weights, build, rope_frequencies
 
@@ -53,7 +55,6 @@ DTYPES = {
     "U64": "<u8",
     "I64": "<i8",
 }
-FLOATS = ("BF16", "F16", "F32")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 INDEX = "model.safetensors.index.json"
 
@@ -251,13 +252,48 @@ def _shard(index: Path, shard: str) -> Path:
 _QUANTIZED = re.compile(
     r".*(\.(scales|biases|qweight|qzeros)|(weight|input)_(packed|scale(_2)?|scale_inv|global_scale))"
 )
+HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
-def _check(config: Config, entries: Mapping[str, Entry], source: Path) -> None:
-    """CheckpointError unless the tensors are those of `spec.parameters(config)`, in types we read."""
-    _check_format(config, entries, source)
-    wanted = {param.name: param for param in _expected(config, entries)}
-    known = [entry for name, entry in entries.items() if name in wanted]
+def _announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] | None, str]:
+    """What a folder says of its quantization, and the file that says it.
+
+    Older ModelOpt exports say it in a file of their own only.
+    """
+    path = folder / HF_QUANT_CONFIG
+    if config.quantization is not None or not path.exists():
+        return config.quantization, str(folder / "config.json")
+    own = load_json(path).get("quantization")
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"{path}: has no usable 'quantization'")
+    return {"quant_method": "modelopt", **own}, str(path)
+
+
+def _sources(layout: Layout, config: Config, entries: Mapping[str, Entry], where: str) -> list[Source]:
+    """How every parameter is stored; CheckpointError unless that is how the files have it.
+
+    The error names `where`, the file that says which tensors there are.
+    """
+    if not layout.announces():
+        _check_unannounced(entries, where)
+    sources = [layout.source(param, entries) for param in _expected(config, entries)]
+    for source in sources:
+        inputs = source.param.shape[-1]
+        if source.form is not None and not source.form.fits(inputs):
+            raise CheckpointError(
+                f"{where}: {source.param.name!r} has rows of {inputs}, which {source.form} does not divide"
+            )
+    if layout.announces() and all(source.form is None for source in sources):
+        raise CheckpointError(
+            f"{where}: quantized with {layout.name} by its config.json, but no tensor is; first: "
+            f"{sources[0].pieces[0].name!r}"
+        )
+    _check({piece.name: piece for source in sources for piece in source.pieces}, entries, where)
+    return sources
+
+
+def _check(wanted: Mapping[str, Piece], entries: Mapping[str, Entry], where: str) -> None:
+    known = [(entry, wanted[name]) for name, entry in entries.items() if name in wanted]
     faults = {
         "missing": [repr(name) for name in wanted if name not in entries],
         "unknown": [
@@ -265,29 +301,26 @@ def _check(config: Config, entries: Mapping[str, Entry], source: Path) -> None:
             for name, entry in entries.items()
             if name not in wanted and not is_skipped(name)
         ],
-        "of a type other than BF16, F16, F32": [
-            f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
-            for entry in known
-            if entry.dtype not in FLOATS
+        "of the wrong type": [
+            f"{entry.name!r} is {entry.dtype}, not {', '.join(piece.dtypes)}, in {entry.file.name}"
+            for entry, piece in known
+            if entry.dtype not in piece.dtypes
         ],
         "of the wrong shape": [
-            f"{entry.name!r} is {entry.shape}, not {wanted[entry.name].shape}, in {entry.file.name}"
-            for entry in known
-            if entry.shape != wanted[entry.name].shape
+            f"{entry.name!r} is {entry.shape}, not {piece.shapes[0]}, in {entry.file.name}"
+            for entry, piece in known
+            if entry.shape not in piece.shapes
         ],
     }
     report = "; ".join(
         f"{_count(found)} {fault}: {_first(found)}" for fault, found in faults.items() if found
     )
     if report:
-        raise CheckpointError(f"{source}: {report}")
+        raise CheckpointError(f"{where}: {report}")
 
 
-def _check_format(config: Config, entries: Mapping[str, Entry], source: Path) -> None:
-    """The place where readers of quantized formats are chosen: so far there is none."""
-    supported = "not supported yet; supported: bf16, f16, f32"
-    if config.quantization is not None:
-        raise CheckpointError(f"{source}: quantized with {_method(config.quantization)}: {supported}")
+def _check_unannounced(entries: Mapping[str, Entry], where: str) -> None:
+    """Quantized tensors of a checkpoint whose config.json does not say so: which format, nobody knows."""
     suspects = [
         f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
         for entry in entries.values()
@@ -296,26 +329,16 @@ def _check_format(config: Config, entries: Mapping[str, Entry], source: Path) ->
     ]
     if suspects:
         raise CheckpointError(
-            f"{source}: quantized with a method that config.json does not announce: {supported}; "
+            f"{where}: quantized with a method that config.json does not announce; supported: {SUPPORTED}; "
             f"{_count(suspects)}: {_first(suspects)}"
         )
 
 
-def _method(announcement: Mapping[str, Any]) -> str:
-    """What a `quantization` (MLX) or `quantization_config` entry of config.json calls itself."""
-    method = announcement.get("quant_method")
-    if method is None and "bits" in announcement:
-        mode, bits = announcement.get("mode", "affine"), announcement["bits"]
-        return f"MLX {reprlib.repr(mode)}, {reprlib.repr(bits)} bit"
-    return reprlib.repr(method)
-
-
 def _expected(config: Config, entries: Iterable[str]) -> list[Param]:
     """The table to check against. A text-only export may lack the vision tower, but not a part of it."""
-    table = parameters(config)
-    names = set(entries)
-    if any(param.group == "vision" and param.name in names for param in table):
-        return table
+    vision = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+    if any(name.startswith(vision) for name in entries):
+        return parameters(config)
     return text_parameters(config)
 
 
@@ -327,7 +350,54 @@ def _first(found: list[str], most: int = 3) -> str:
     return ", ".join(found[:most]) + (", …" if len(found) > most else "")
 
 
-# ---- the checkpoint -----------------------------------------------------------------------------
+# ---- from tensors to weights --------------------------------------------------------------------
+
+
+def _record(source: Source, form: Form, entries: Mapping[str, Entry]) -> Quantized:
+    """The record that a source's tensors make up, fields `Stored`. A lone tensor stays a map of its file."""
+    lead, inputs = source.param.shape[:-1], source.param.shape[-1]
+    fields: dict[str, Stored] = {}
+    for role, width in (
+        ("codes", inputs * form.bits // 8),
+        ("scales", inputs // (form.group or inputs)),
+        ("biases", inputs // (form.group or inputs)),
+    ):
+        parts = [piece for piece in source.pieces if piece.role == role]
+        if parts:
+            fields[role] = _stack(parts, (*lead, width), entries)
+    parts = [piece for piece in source.pieces if piece.role == "factor"]
+    if parts:
+        fields["factor"] = _factor(parts, lead, entries)
+    return Quantized(form, **fields, divides=source.divides)
+
+
+def _stack(parts: Sequence[Piece], shape: tuple[int, ...], entries: Mapping[str, Entry]) -> Stored:
+    """One field from its tensors: the lone one as it lies in its file, or a stack filled part by part."""
+    first = entries[parts[0].name].read()
+    if parts[0].place is None:
+        # Words of codes become bytes: a view, as both are little-endian.
+        data = first.data.view(np.uint8) if parts[0].role == "codes" else first.data
+        return replace(first, dtype="U8" if parts[0].role == "codes" else first.dtype, shape=shape, data=data)
+    data = np.empty(shape, np.uint8)
+    for piece in parts:
+        data[piece.place] = entries[piece.name].read().data
+    return Stored(first.name, "U8", shape, data, first.file)
+
+
+def _factor(parts: Sequence[Piece], lead: tuple[int, ...], entries: Mapping[str, Entry]) -> Stored:
+    """The factor [..., O] in float32, or [..., 1] where every matrix has a single one."""
+    first = entries[parts[0].name].read()
+    data = np.empty(lead, np.float32)
+    for piece in parts:
+        value = entries[piece.name].read().to_float32()
+        part = ... if piece.place is None else piece.place
+        if value.size == data[part].size:
+            data[part] = value.reshape(data[part].shape)
+        else:  # one number a matrix
+            data[part] = value if value.ndim == data[part].ndim else value.reshape(())
+    if (data == data[..., :1]).all():
+        data = data[..., :1].copy()
+    return Stored(first.name, "F32", data.shape, data, first.file)
 
 
 @dataclass(frozen=True)
@@ -337,7 +407,9 @@ class Checkpoint:
     folder: Path
     config: Config
     generation: GenerationConfig
+    layout: Layout
     entries: Mapping[str, Entry]  # every stored tensor by name, those of the vision tower included
+    sources: Mapping[str, Source]  # how each parameter is stored, by its name in the parameter table
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -353,33 +425,56 @@ class Checkpoint:
         path = folder / "generation_config.json"
         own = load_json(path) if path.exists() else None
         generation = read_generation_config(own, config.vocab_size, str(path), raw)
-        source, entries = _find(folder)
-        _check(config, entries, source)
-        return cls(folder, config, generation, entries)
+        layout = detect(*_announcement(folder, config))
+        where, entries = _find(folder)
+        sources = _sources(layout, config, entries, str(where))
+        return cls(folder, config, generation, layout, entries, {s.param.name: s for s in sources})
+
+    def read(self, name: str) -> Stored | Quantized:
+        """A parameter as it is stored: a tensor, or a record whose fields are `Stored`.
+
+        Stacks of experts that a format takes apart are put together in memory of their own; everything
+        else is a map of its file.
+        """
+        source = self.sources[name]
+        if source.form is None:
+            return self.entries[source.pieces[0].name].read()
+        return _record(source, source.form, self.entries)
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of a parameter."""
+        return sum(self.entries[piece.name].nbytes for piece in self.sources[name].pieces)
 
     def load(self, ops: Ops, progress: Progress | None = None) -> Weights:
         """The text model's weights on the device of `ops`.
 
-        Each tensor is read once, in file order, so memory stays about one tensor above the weights.
+        Each tensor is read once, in file order, so memory stays about one parameter above the weights.
         `progress(done, total)` counts stored bytes.
         """
         table = sorted(text_parameters(self.config), key=self._place)
-        total, done = sum(self.entries[param.name].nbytes for param in table), 0
+        total, done = sum(self.nbytes(param.name) for param in table), 0
 
         def leaf(param: Param) -> Any:
             nonlocal done
-            entry = self.entries[param.name]
-            # The whole router stays in the wide type: its logits tie in bf16, and a tie flips a pick.
-            array = ops.load(entry.read(), wide=param.group == "router")
-            done += entry.nbytes
+            array = self._leaf(ops, param)
+            done += self.nbytes(param.name)
             if progress:
                 progress(done, total)
             return array
 
         return build(self.config, table, leaf, _constants(self.config, ops))
 
+    def _leaf(self, ops: Ops, param: Param) -> Any:
+        stored = self.read(param.name)
+        # The whole router stays in the wide type: its logits tie in bf16, and a tie flips a pick.
+        wide = param.group == "router"
+        if isinstance(stored, Quantized):
+            record = ops.place(stored)
+            return ops.dequantize(record) if wide else record
+        return ops.load(stored, wide=wide)
+
     def _place(self, param: Param) -> tuple[str, int]:
-        entry = self.entries[param.name]
+        entry = self.entries[self.sources[param.name].pieces[0].name]
         return entry.file.name, entry.offset
 
 
@@ -404,6 +499,7 @@ HUB_FILES = [
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    HF_QUANT_CONFIG,
 ]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")

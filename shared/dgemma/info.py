@@ -163,11 +163,11 @@ def stored_bytes(folder: Path, config: Config) -> dict[str, Any] | None:
     """Bytes of the tensors in the folder's files by class, None where it has no files of weights."""
     if not any(folder.glob("*.safetensors*")):
         return None
-    entries = Checkpoint.open(folder).entries
-    groups = {param.name: param.group for param in parameters(config)}
+    checkpoint = Checkpoint.open(folder)
     by_class = dict.fromkeys(GROUPS, 0) | {"other": 0}
-    for name, entry in entries.items():
-        by_class[groups.get(name, "other")] += entry.nbytes
+    for name, source in checkpoint.sources.items():
+        by_class[source.param.group] += checkpoint.nbytes(name)
+    by_class["other"] = sum(entry.nbytes for entry in checkpoint.entries.values()) - sum(by_class.values())
     return {"total": sum(by_class.values()), "by_class": {k: n for k, n in by_class.items() if n}}
 
 

@@ -28,6 +28,12 @@ class NumpyOps(Ops):
     def load(self, stored: Stored, wide: bool = False) -> Array:
         return stored.to_float32().astype(np.float64)
 
+    def raw(self, x: np.ndarray) -> Array:
+        return x.copy()
+
+    def integer(self, x: Array) -> Array:
+        return x.astype(np.int64)
+
     def to_numpy(self, x: Array) -> np.ndarray:
         return np.asarray(x)
 
@@ -95,7 +101,7 @@ class NumpyOps(Ops):
         return np.cumsum(x, axis)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        y = x @ weight.T
+        y = x @ self.dense(weight).T
         return y if bias is None else y + bias
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
@@ -103,5 +109,5 @@ class NumpyOps(Ops):
         edges = np.searchsorted(experts, np.arange(len(weight) + 1))
         for expert in np.unique(experts):
             rows = slice(edges[expert], edges[expert + 1])
-            y[rows] = x[rows] @ weight[expert].T
+            y[rows] = x[rows] @ self.dense(weight[expert]).T
         return y

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .quantized import TABLES, Quantized
+
 if TYPE_CHECKING:
     from .cache import Cache
     from .config import Config
@@ -41,13 +43,20 @@ class Guess:
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A tensor as a file holds it. `data` is read-only, bfloat16 in it is uint16; see `dgemma.checkpoint`."""
+    """A tensor as a file holds it, or one put together from several of them.
+
+    `data` may be read-only; bfloat16 in it is uint16, 8-bit floats are uint8. See `dgemma.checkpoint`.
+    """
 
     name: str
     dtype: str  # as safetensors names it: "BF16", "F16", "F32", ...
     shape: tuple[int, ...]
     data: np.ndarray
     file: Path
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
 
     def to_float32(self) -> np.ndarray:
         """The values, in memory of their own. Floating-point types of 16 bits and more only."""
@@ -79,6 +88,14 @@ class Ops:
 
     def load(self, stored: Stored, wide: bool = False) -> Array:
         """A stored tensor to the device, in the compute type, or the wide type; never a view of the file."""
+        raise NotImplementedError
+
+    def raw(self, x: np.ndarray) -> Array:
+        """Bytes (uint8) to the device as they are; never a view of `x`."""
+        raise NotImplementedError
+
+    def integer(self, x: Array) -> Array:
+        """Unsigned integers as a signed type in which they can be shifted and looked up."""
         raise NotImplementedError
 
     def to_numpy(self, x: Array) -> np.ndarray:
@@ -158,11 +175,14 @@ class Ops:
         raise NotImplementedError
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        """x [..., I] times weight [O, I] transposed, plus bias [O]."""
+        """x [..., I] times weight [O, I] transposed, plus bias [O]. The weight may be a record."""
         raise NotImplementedError
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
-        """Row r of x [R, I] times weight[experts[r]] ([E, O, I]) transposed; `experts` [R] ascends."""
+        """Row r of x [R, I] times weight[experts[r]] ([E, O, I]) transposed; `experts` [R] ascends.
+
+        The weight may be a record: then no more than one expert is widened at a time.
+        """
         raise NotImplementedError
 
     # ---- what a backend may do differently ---------------------------------------------------------
@@ -190,6 +210,55 @@ class Ops:
         return x
 
     # ---- composites: the definitions ------------------------------------------------------------
+
+    def place(self, record: Quantized) -> Quantized:
+        """A record of `Stored` fields to the device; scales of a type wider than bfloat16 stay wide."""
+
+        def field(stored: Stored) -> Array:
+            if stored.data.dtype == np.uint8:
+                return self.raw(stored.data)
+            return self.load(stored, wide=stored.dtype != "BF16")
+
+        return record.map(field)
+
+    def unpack(self, codes: Array, bits: int) -> Array:
+        """Codes [..., n] of a stream of bits, bytes [..., n·bits/8]: eight codes fill `bits` bytes."""
+        octets = self.integer(codes)
+        if bits == 8:
+            return octets
+        count = 8 // np.gcd(8, bits)  # codes in the shortest run of whole bytes
+        octets = octets.reshape(*octets.shape[:-1], -1, count * bits // 8)
+        parts = []
+        for start in range(0, count * bits, bits):
+            byte, shift = divmod(start, 8)
+            part = octets[..., byte] >> shift
+            if shift + bits > 8:
+                part = part | octets[..., byte + 1] << (8 - shift)
+            parts.append((part & (2**bits - 1))[..., None])
+        return self.concat(parts, -1).reshape(*octets.shape[:-2], -1)
+
+    def dequantize(self, w: Quantized) -> Array:
+        """The matrix or stack of a record, wide: code · scale (+ bias), times or by the factor.
+
+        Exact on NumPy: that is the definition of each format (`dgemma.quantized`, checkpoints.md).
+        """
+        code_table, scale_table = TABLES[w.form.mode]
+        y = self.unpack(w.codes, w.form.bits)
+        y = self.wide(y) if code_table is None else self.take(self.aswide(code_table), y)
+        if w.scales is not None:
+            s = w.scales
+            s = self.wide(s) if scale_table is None else self.take(self.aswide(scale_table), self.integer(s))
+            grouped = y.reshape(*s.shape, w.form.group) * s[..., None]
+            if w.biases is not None:
+                grouped = grouped + self.wide(w.biases)[..., None]
+            y = grouped.reshape(y.shape)
+        if w.factor is None:
+            return y
+        return y / w.factor[..., None] if w.divides else y * w.factor[..., None]
+
+    def dense(self, weight: Array) -> Array:
+        """A weight as an array: a record is decoded into the compute type, an array is passed on."""
+        return self.compute(self.dequantize(weight)) if isinstance(weight, Quantized) else weight
 
     def softmax(self, x: Array, axis: int) -> Array:
         """Softmax in the type of `x`, which callers make wide."""
@@ -300,7 +369,7 @@ class Ops:
 
     def embed(self, table: Array, ids: Array) -> Array:
         """Rows of the embedding table, in the compute type."""
-        return self.take(table, ids)
+        return self.dense(table[ids]) if isinstance(table, Quantized) else self.take(table, ids)
 
     def rows(self, table: Array, start: int, stop: int) -> Array:
         """Rows start…stop of the embedding table: a tile of the head."""
@@ -312,7 +381,7 @@ class Ops:
 
     def soft_embedding(self, p: Array, table: Array) -> Array:
         """p @ table: p [..., v] wide, in the table's type for the product (as the reference does)."""
-        return self.compute(p) @ table
+        return self.compute(p) @ self.dense(table)
 
     def vocabulary(
         self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array

@@ -21,11 +21,11 @@ GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning",
 
 # Stored by some exports though they repeat another tensor or are computed: skipped, by name.
 _SKIPPED = re.compile(
-    r"lm_head\.weight"
-    r"|model\.encoder\.language_model\.(embed_tokens|norm)\.weight"
+    r"lm_head\.\w+"
+    r"|model\.encoder\.language_model\.(embed_tokens|norm)\.\w+"
     r"|model\.encoder\.language_model\.layers\.\d+\.(?!layer_scalar$)[\w.]+(?<!_proj\.bias)"
     r"|model\.(encoder|decoder)\.([\w.]+\.)?rotary_emb\.[\w.]+"
-    r"|model\.decoder\.embed_tokens\.embed_scale|model\.encoder\.language_model\.embed_tokens\.embed_scale"
+    r"|model\.decoder\.embed_tokens\.embed_scale"
 )
 
 

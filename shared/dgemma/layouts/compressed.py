@@ -1,0 +1,100 @@
+"""compressed-tensors' layouts (RedHatAI): NVFP4 with a global scale that divides, FP8 with a scale a row.
+
+    nvfp4-pack-quantized: weight_packed U8 [O, I/2], weight_scale F8_E4M3 [O, I/16],
+                          weight_global_scale F32 [1], input_global_scale F32 [1]
+    float-quantized:      weight F8_E4M3 [O, I], weight_scale [O, 1]
+
+Both take stacks of experts apart. `ignore` lists modules, or patterns that begin with "re:".
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dgemma.quantized import FP8, NVFP4, Form
+from dgemma.spec import Param
+
+from . import FLOATS, Layout, Piece, is_linear, linears, matches, module, strings, unsupported
+
+
+class CompressedLayout(Layout):
+    """What a compressed-tensors `quantization_config` announces; groups may mix the two formats."""
+
+    name = "compressed-tensors"
+
+    def __init__(self, announcement: Mapping[str, Any], where: str):
+        groups = announcement.get("config_groups")
+        groups = list(groups.values()) if isinstance(groups, Mapping) else []
+        self.announced = {_group_form(group, announcement, where) for group in groups if group}
+        if not self.announced:
+            self.announced = {_format_form(announcement.get("format"), where)}
+        self.ignored = strings(announcement.get("ignore"))
+        for pattern in self.ignored:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error:
+                    raise unsupported(where, f"an unusable ignore pattern {reprlib.repr(pattern)}") from None
+
+    def announces(self) -> bool:
+        return True
+
+    def divides(self, form: Form | None) -> bool:
+        return form == NVFP4
+
+    def form(self, param: Param, names: Collection[str]) -> Form | None:
+        if not is_linear(param) or param.group == "embed" or self._ignores(module(param)):
+            return None
+        first = next(linears(param))[0]
+        if NVFP4 in self.announced and f"{first}.weight_packed" in names:
+            return NVFP4
+        if FP8 in self.announced and f"{first}.weight_scale" in names:
+            return FP8
+        # Experts must be quantized: what is missing is then said tensor by tensor.
+        return min(self.announced, key=str) if param.group == "experts" else None
+
+    def _ignores(self, path: str) -> bool:
+        return any(
+            re.match(pattern[3:], path) if pattern.startswith("re:") else matches(path, pattern)
+            for pattern in self.ignored
+        )
+
+    def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
+        if form is None:
+            yield from super().pieces(param, form)
+            return
+        for path, place, (rows, inputs) in linears(param):
+            if form == FP8:
+                yield Piece(f"{path}.weight", "codes", ("F8_E4M3",), ((rows, inputs),), place)
+                yield Piece(f"{path}.weight_scale", "factor", FLOATS, ((rows, 1), (rows,)), place)
+                continue
+            scalar: tuple[tuple[int, ...], ...] = ((1,), ())
+            yield Piece(f"{path}.weight_packed", "codes", ("U8",), ((rows, inputs // 2),), place)
+            yield Piece(f"{path}.weight_scale", "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
+            yield Piece(f"{path}.weight_global_scale", "factor", ("F32",), scalar, place)
+            yield Piece(f"{path}.input_global_scale", "unused", ("F32",), scalar, place)
+
+
+_FORMATS = {"nvfp4-pack-quantized": NVFP4, "float-quantized": FP8}
+
+
+def _format_form(name: Any, where: str) -> Form:
+    if not isinstance(name, str) or name not in _FORMATS:
+        raise unsupported(where, f"compressed-tensors format {reprlib.repr(name)}")
+    return _FORMATS[name]
+
+
+def _group_form(group: Any, announcement: Mapping[str, Any], where: str) -> Form:
+    """The form of one entry of `config_groups`; its own numbers must be those of the format."""
+    if not isinstance(group, Mapping) or not isinstance(weights := group.get("weights"), Mapping):
+        raise unsupported(where, f"an unreadable compressed-tensors group {reprlib.repr(group)}")
+    form = _format_form(group.get("format") or announcement.get("format"), where)
+    wanted = {"num_bits": form.bits, "type": "float"}
+    wanted |= {"group_size": 16} if form == NVFP4 else {"strategy": "channel"}
+    for key, value in wanted.items():
+        if weights.get(key, value) != value:
+            raise unsupported(where, f"compressed-tensors {key} {reprlib.repr(weights[key])}")
+    return form

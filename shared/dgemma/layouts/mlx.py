@@ -1,0 +1,90 @@
+"""MLX's layout (mlx-community): `weight` words, `scales` and `biases` beside each other, experts stacked.
+
+config.json has a default {group_size, bits, mode} under "quantization" and, by module path, an override or
+false. A module without an override is quantized if it has `scales`: that is how MLX reads the files itself.
+
+NVFP4 has no place for a factor in MLX; where a converted checkpoint needs one, it is `weight_scale_2`, which
+mlx-vlm (0.7.10) reads too: one number, or one an expert, or one a row.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma.quantized import MXFP4, MXFP8, NVFP4, Form, affine
+from dgemma.spec import Param
+
+from . import FLOATS, Layout, Piece, is_linear, module
+
+_FLOATING = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
+FACTOR = "weight_scale_2"
+
+
+class MlxLayout(Layout):
+    """What an MLX `quantization` entry announces. `factored`: modules whose factor is stored."""
+
+    name = "mlx"
+
+    def __init__(self, announcement: Mapping[str, Any], where: str):
+        self.where = where
+        self.default = self._form(announcement, "quantization")
+        # mlx-vlm writes some paths with the name of the wrapper in front.
+        self.overrides = {
+            path.removeprefix("language_model."): value
+            for path, value in announcement.items()
+            if isinstance(value, Mapping | bool)
+        }
+        self.factored: set[str] = set()
+
+    def announces(self) -> bool:
+        return True
+
+    def _form(self, entry: Mapping[str, Any], key: str) -> Form:
+        """The form of {group_size, bits, mode}; without a mode it is affine."""
+        mode, bits, group = entry.get("mode", "affine"), entry.get("bits"), entry.get("group_size", 64)
+        fault = f"{self.where}: {key}: "
+        if mode == "affine":
+            try:
+                return affine(bits, group)
+            except ConfigError as error:
+                raise CheckpointError(fault + str(error)) from None
+        form = _FLOATING.get(mode) if isinstance(mode, str) else None
+        if form is None or (bits, group) != (form.bits, form.group):
+            raise CheckpointError(
+                f"{fault}mode {reprlib.repr(mode)} with {reprlib.repr(bits)} bits in groups of "
+                f"{reprlib.repr(group)} is not supported; supported: affine, "
+                + ", ".join(f"{f.mode} ({f.bits} bits in groups of {f.group})" for f in _FLOATING.values())
+            )
+        return form
+
+    def form(self, param: Param, names: Collection[str]) -> Form | None:
+        if not is_linear(param):
+            return None
+        path = module(param)
+        if f"{path}.{FACTOR}" in names:
+            self.factored.add(path)
+        override = self.overrides.get(path)
+        if isinstance(override, Mapping):
+            return self._form(override, path)
+        return self.default if override is not False and f"{path}.scales" in names else None
+
+    def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
+        path = module(param)
+        if form is None:
+            # Experts are modules in MLX, so their one parameter has a name of its own.
+            name = f"{path}.weight" if param.group == "experts" else param.name
+            yield Piece(name, "value", FLOATS, (param.shape,))
+            return
+        *rows, inputs = param.shape
+        yield Piece(f"{path}.weight", "codes", ("U32",), ((*rows, inputs * form.bits // 32),))
+        scales = (*rows, inputs // form.group)
+        types = FLOATS if form.mode == "affine" else ("U8",)
+        yield Piece(f"{path}.scales", "scales", types, (scales,))
+        if form.mode == "affine":
+            yield Piece(f"{path}.biases", "biases", types, (scales,))
+        if path in self.factored and form.mode == "nvfp4":
+            whole = (*param.shape[:-2], 1)
+            yield Piece(f"{path}.{FACTOR}", "factor", ("F32",), (tuple(rows), whole))

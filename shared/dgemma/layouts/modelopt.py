@@ -1,0 +1,55 @@
+"""NVIDIA ModelOpt's NVFP4 layout: four tensors an expert and projection, the rest as it was.
+
+    weight U8 [O, I/2]  weight_scale F8_E4M3 [O, I/16]  weight_scale_2 F32 []  input_scale F32 []
+
+The input scale is for kernels with 4-bit activations, which this program does not have: it is checked and
+left unread. Which modules are excluded stands in config.json ("ignore") or hf_quant_config.json
+("exclude_modules"). Experts that are not excluded must be quantized, as that is what the format is for;
+elsewhere the tensors decide, because exporters' lists are written in several dialects.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from dgemma.quantized import NVFP4, Form
+from dgemma.spec import Param
+
+from . import Layout, Piece, is_linear, linears, matches, module, strings, unsupported
+
+
+class ModelOptLayout(Layout):
+    """What a ModelOpt `quantization_config` announces."""
+
+    name = "modelopt"
+
+    def __init__(self, announcement: Mapping[str, Any], where: str):
+        for key, supported in (("quant_algo", "NVFP4"), ("group_size", 16)):
+            if announcement.get(key, supported) != supported:
+                raise unsupported(where, f"ModelOpt {key} {reprlib.repr(announcement[key])}")
+        self.excluded = [
+            pattern for key in ("ignore", "exclude_modules") for pattern in strings(announcement.get(key))
+        ]
+
+    def announces(self) -> bool:
+        return True
+
+    def form(self, param: Param, names: Collection[str]) -> Form | None:
+        if not is_linear(param) or any(matches(module(param), pattern) for pattern in self.excluded):
+            return None
+        if param.group == "experts":
+            return NVFP4
+        return NVFP4 if f"{module(param)}.weight_scale" in names else None
+
+    def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
+        if form is None:
+            yield from super().pieces(param, form)
+            return
+        for path, place, (rows, inputs) in linears(param):
+            scalar: tuple[tuple[int, ...], ...] = ((), (1,))
+            yield Piece(f"{path}.weight", "codes", ("U8",), ((rows, inputs // 2),), place)
+            yield Piece(f"{path}.weight_scale", "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
+            yield Piece(f"{path}.weight_scale_2", "factor", ("F32",), scalar, place)
+            yield Piece(f"{path}.input_scale", "unused", ("F32",), scalar, place)

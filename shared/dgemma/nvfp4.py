@@ -1,0 +1,87 @@
+"""Number formats of quantized weights: E2M1, E4M3 and E8M0 codes, and packed streams of codes.
+
+NumPy on the host. The tables are the definitions; decoding is a lookup and therefore exact. Encoding
+rounds to nearest, ties to even, and saturates, as the formats' specification says (OCP Microscaling
+Formats 1.0; NVFP4 is E2M1 with an E4M3 scale for 16 values).
+
+Packing is one little-endian stream of bits a row for every width: for 4 bits the low nibble comes first,
+and a stream of 32-bit words (MLX) has the same bytes as one of bytes (ModelOpt).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Two codes apart by bit 3 (E2M1) or bit 7 (E4M3) differ in their sign only.
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+
+
+def _e4m3_table() -> np.ndarray:
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    normal = np.ldexp(1.0 + mantissa / 8, exponent - 7)
+    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
+    magnitude[codes & 127 == 127] = np.nan  # the format has no infinity
+    return np.where(codes < 128, magnitude, -magnitude).astype(np.float32)
+
+
+def _e8m0_table() -> np.ndarray:
+    powers = np.ldexp(1.0, np.arange(255) - 127)
+    return np.append(powers, np.nan).astype(np.float32)
+
+
+# float32 value of every code. Code 0 of E8M0 is 2^-127, a subnormal float32.
+E2M1 = np.array([*_E2M1_MAGNITUDES, *(-x for x in _E2M1_MAGNITUDES)], np.float32)
+E4M3 = _e4m3_table()
+E8M0 = _e8m0_table()
+
+
+def encode_e2m1(x: np.ndarray) -> np.ndarray:
+    """Nearest E2M1 codes of float32 `x`, ties to the even code, beyond ±6 saturated; uint8 below 16."""
+    y = np.minimum(np.abs(x), np.float32(E2M1_MAX))
+    # The grid's step is 0.5 below 2, 1 below 4 and 2 above; rint rounds halves to even, and so to the
+    # even code.
+    code = np.rint(2 * y)
+    code = np.where(y >= 2, np.rint(y) + 2, code)
+    code = np.where(y >= 4, np.rint(y / 2) + 4, code)
+    return code.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 3
+
+
+def encode_e4m3(x: np.ndarray) -> np.ndarray:
+    """Nearest E4M3 codes of finite float32 `x`, ties to even, beyond ±448 saturated; uint8."""
+    x = np.ascontiguousarray(x, np.float32)
+    y = np.minimum(np.abs(x), np.float32(E4M3_MAX))
+    bits = y.view(np.uint32)
+    # Twenty of the 23 bits of mantissa are rounded away; a carry moves on to the exponent by itself.
+    rounded = (bits + 0x7FFFF + (bits >> 20 & 1)) >> 20
+    normal = rounded.astype(np.int64) - (127 - 7 << 3)
+    code = np.where(y < 2.0**-6, np.rint(y * 2.0**9), normal)
+    return code.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7
+
+
+def encode_e8m0(x: np.ndarray, up: bool) -> np.ndarray:
+    """Codes of powers of two near positive float32 `x`: the next one up, or the nearest exponent; uint8."""
+    mantissa, exponent = np.frexp(np.maximum(x, np.float32(2.0**-127)))  # mantissa in [0.5, 1)
+    above = mantissa > (0.5 if up else 0.5**0.5)
+    return (np.clip(exponent - 1 + above, -127, 127) + 127).astype(np.uint8)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes below 2^bits, uint8 [..., n] with n·bits a multiple of 8 -> bytes uint8 [..., n·bits/8]."""
+    if bits == 8:
+        return codes
+    if bits in (2, 4):  # whole codes a byte
+        per_byte = 8 // bits
+        parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
+        packed = parts[..., 0].copy()
+        for k in range(1, per_byte):
+            packed |= parts[..., k] << (k * bits)
+        return packed
+    # Eight codes fill `bits` bytes.
+    parts = codes.reshape(*codes.shape[:-1], -1, 8).astype("<u8")
+    words = np.zeros(parts.shape[:-1], "<u8")
+    for k in range(8):
+        words |= parts[..., k] << np.uint64(k * bits)
+    octets = words[..., None].view(np.uint8)[..., :bits]
+    return octets.reshape(*codes.shape[:-1], -1)

@@ -1,0 +1,200 @@
+"""Quantized weights as records: what is stored of a matrix, and how a matrix becomes a record.
+
+A record is a type of weight. `Ops.linear` and `Ops.expert_linear` accept it wherever they accept an
+array, and the graph cannot tell. One shape of record covers every format on the hub:
+
+    value = code · scale (+ bias) · factor        (or / factor, in compressed-tensors)
+
+with a scale (and bias) for a group of adjacent inputs and a float32 factor a matrix or a row. What differs
+is how code and scale are written; `Ops.dequantize` defines the decoding, `quantize` the encoding.
+
+    O outputs (rows)  I inputs  E experts
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from . import nvfp4
+from .errors import ConfigError
+
+Array = Any
+
+# Code and scale tables by mode; None: codes count from 0 (affine), scales are floats or there are none.
+TABLES: dict[str, tuple[np.ndarray | None, np.ndarray | None]] = {
+    "affine": (None, None),
+    "mxfp4": (nvfp4.E2M1, nvfp4.E8M0),
+    "mxfp8": (nvfp4.E4M3, nvfp4.E8M0),
+    "nvfp4": (nvfp4.E2M1, nvfp4.E4M3),
+    "fp8": (nvfp4.E4M3, None),
+}
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is quantized: the mode, bits a code, and inputs that share a scale (0: the whole row)."""
+
+    mode: str
+    bits: int
+    group: int
+
+    def __str__(self) -> str:
+        return f"{self.bits}bit-g{self.group}" if self.mode == "affine" else self.mode
+
+    def bits_per_weight(self, inputs: int) -> float:
+        """Stored bits a weight in a row of `inputs`, scales and factors a row included."""
+        scale = {"affine": 32, "fp8": 0}.get(self.mode, 8)
+        return self.bits + (scale / self.group if scale else 32 / inputs)
+
+    def fits(self, inputs: int) -> bool:
+        """Whether rows of `inputs` divide into whole groups and whole 32-bit words."""
+        return inputs % (self.group or 1) == 0 and inputs * self.bits % 32 == 0
+
+
+NVFP4, MXFP4, MXFP8 = Form("nvfp4", 4, 16), Form("mxfp4", 4, 32), Form("mxfp8", 8, 32)
+FP8 = Form("fp8", 8, 0)
+_NAMED = {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8, "fp8": FP8}
+
+
+def affine(bits: Any, group: Any) -> Form:
+    """MLX's affine form; ConfigError for widths and groups that it does not have."""
+    if bits not in AFFINE_BITS or group not in AFFINE_GROUPS or isinstance(bits, bool):
+        raise ConfigError(
+            f"affine quantization with {reprlib.repr(bits)} bits in groups of {reprlib.repr(group)}; "
+            f"supported: bits {', '.join(map(str, AFFINE_BITS))}, groups {', '.join(map(str, AFFINE_GROUPS))}"
+        )
+    return Form("affine", bits, group)
+
+
+def parse_form(text: str) -> Form | None:
+    """The form that a word of the command line names, None for "bf16"; ConfigError names the known ones."""
+    if text == "bf16":
+        return None
+    if text in _NAMED:
+        return _NAMED[text]
+    if match := re.fullmatch(r"(\d)bit(?:-g(\d+))?", text):
+        return affine(int(match[1]), int(match[2] or 64))
+    raise ConfigError(
+        f"unknown format {text!r}; known: bf16, {', '.join(_NAMED)}, and affine ones as 4bit, 8bit, 6bit-g32"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized matrix [O, I] or stack [E, O, I]; fields are `Stored` of files, or a backend's arrays."""
+
+    form: Form
+    codes: Array  # uint8 [..., O, I·bits/8], one stream of bits a row
+    scales: Array | None = None  # [..., O, I/group]: floats (affine), uint8 codes (mx and nv modes)
+    biases: Array | None = None  # floats like scales, affine only
+    factor: Array | None = None  # float32 [..., O], or [..., 1] for one a matrix
+    divides: bool = False  # whether the value is divided by the factor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix or stack that the record stands for."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.form.bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(x.nbytes for x in (self.codes, self.scales, self.biases, self.factor) if x is not None)
+
+    def map(self, function: Callable[[Array], Array]) -> Quantized:
+        """The record with `function` applied to every field that it has."""
+        fields = {name: getattr(self, name) for name in ("codes", "scales", "biases", "factor")}
+        return replace(self, **{name: function(x) for name, x in fields.items() if x is not None})
+
+    def __getitem__(self, index: Array) -> Quantized:
+        """Rows of a matrix, or experts of a stack: an index, a slice or an array of indices."""
+        # One factor of a whole matrix stays what it is for some of its rows.
+        shared = self.factor is not None and self.factor.shape == (1,)
+        part = (replace(self, factor=None) if shared else self).map(lambda x: x[index])
+        return replace(part, factor=self.factor) if shared else part
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+# ---- encoding -----------------------------------------------------------------------------------
+
+
+def quantize(x: np.ndarray, form: Form) -> Quantized:
+    """The record of float32 x [..., O, I], fields NumPy arrays; scales of affine are float32 of bf16 values.
+
+    Scales are rounded to what is stored before codes are chosen, so that codes make up for the rounding.
+    NVFP4 gets one float32 factor a matrix [..., 1], its largest magnitude / (6 · 448), as ModelOpt does;
+    `fold` takes it away for MLX. FP8 gets a factor a row, its largest magnitude / 448.
+    """
+    assert form.fits(x.shape[-1]), (x.shape, form)
+    if form.mode == "affine":
+        return _affine(x, form)
+    if form.mode == "fp8":
+        factor = _positive(np.abs(x).max(-1) / np.float32(nvfp4.E4M3_MAX))
+        return Quantized(form, nvfp4.encode_e4m3(x / factor[..., None]), factor=factor)
+    if form.mode != "nvfp4":
+        return blocks(x, form, None)
+    peak = np.abs(x).max((-2, -1))[..., None]
+    return blocks(x, form, _positive(peak / np.float32(nvfp4.E2M1_MAX * nvfp4.E4M3_MAX)))
+
+
+def blocks(x: np.ndarray, form: Form, factor: np.ndarray | None) -> Quantized:
+    """Codes and block scales of x [..., O, I] for a given factor [..., 1 or O]."""
+    groups = x.reshape(*x.shape[:-1], -1, form.group)
+    if factor is not None:
+        groups = groups / factor[..., None, None]
+    peak = np.abs(groups).max(-1)
+    if form.mode == "nvfp4":
+        scales = nvfp4.encode_e4m3(peak / np.float32(nvfp4.E2M1_MAX))
+        scales = np.maximum(scales, 1)  # never zero, which `verify` takes for damage
+        encode, table = nvfp4.encode_e2m1, nvfp4.E4M3
+    else:
+        # Four bits gain more from a finer grid than they lose at the clipped peak; eight bits do not.
+        wide = form.mode == "mxfp8"
+        scales = nvfp4.encode_e8m0(peak / np.float32(nvfp4.E4M3_MAX if wide else nvfp4.E2M1_MAX), up=wide)
+        encode, table = (nvfp4.encode_e4m3 if wide else nvfp4.encode_e2m1), nvfp4.E8M0
+    codes = encode(groups / table[scales][..., None]).reshape(x.shape)
+    return Quantized(form, nvfp4.pack(codes, form.bits), scales, factor=factor)
+
+
+def _affine(x: np.ndarray, form: Form) -> Quantized:
+    """MLX's affine scheme: code · scale + bias, where the edge of larger magnitude is met exactly.
+
+    The bias is that edge, the scale runs towards the other one, and zero is nearly a code: weights lie
+    around it.
+    """
+    steps = np.float32(2**form.bits - 1)
+    groups = x.reshape(*x.shape[:-1], -1, form.group)
+    low, high = groups.min(-1), groups.max(-1)
+    below = np.abs(low) > np.abs(high)
+    edge = np.where(below, low, high)
+    scale = np.maximum((high - low) / steps, np.float32(1e-7)) * np.where(below, 1, -1).astype(np.float32)
+    zero = np.rint(edge / scale)
+    scale = to_bf16(np.where(zero == 0, scale, edge / np.where(zero == 0, 1, zero)))
+    bias = to_bf16(np.where(zero == 0, 0, edge).astype(np.float32))
+    codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, steps)
+    return Quantized(form, nvfp4.pack(codes.astype(np.uint8).reshape(x.shape), form.bits), scale, bias)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """float32 values rounded to bfloat16, nearest and ties to even; still float32."""
+    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """float32 `x` as bfloat16, the raw uint16: nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _positive(x: np.ndarray) -> np.ndarray:
+    """`x` as float32, 1 where it is 0: a matrix of zeros has no scale of its own."""
+    return np.where(x > 0, x, 1).astype(np.float32)
