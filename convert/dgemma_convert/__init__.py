@@ -1,5 +1,6 @@
-"""Checkpoint conversion for DiffusionGemma: one module a format.
+"""Converts checkpoints between formats, a piece at a time: `dgemma convert`, `python -m dgemma_convert`.
 
-Each module reads the parameters that `dgemma.spec` names and writes them in one number format, or reads them
-back. The formats themselves, with their reference quantize and dequantize, belong to `dgemma`.
+`recipe` says what each class of weight becomes, a module a format (`bf16`, `mlx`, `nvfp4`) what the files
+look like, `plan` which tensors that makes, `encode` computes them and `stream` writes them so that an
+interrupted run can go on. Needs the base install alone.
 """

@@ -5,8 +5,8 @@ and its errors name neither file nor tensor. The price is a hundred lines of che
 what stands between a damaged download and the model. Every header is checked against its file, the
 index and the configuration before the first weight is read.
 
-Values are not looked at: to scan 51 GB for NaN would double the time of a load. That belongs to a
-verify command.
+Values are not looked at: to scan 51 GB for NaN would double the time of a load. That is for
+`dgemma.verify`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .quantized import Form, Quantized
 from .spec import Param, is_skipped, parameters, text_parameters
 from .weights import Weights, build, rope_frequencies
 
-__all__ = ["Checkpoint", "Entry", "Progress", "Stored", "read_header", "resolve"]
+__all__ = ["Checkpoint", "Entry", "Fault", "Progress", "Stored", "read_header", "resolve", "shards"]
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -191,12 +191,20 @@ def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> No
 # ---- folders ------------------------------------------------------------------------------------
 
 
+def shards(folder: Path) -> list[Path]:
+    """The files that a folder's index names, there or not; without an index, all that are there."""
+    index = folder / INDEX
+    if index.exists():
+        return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def _find(folder: Path) -> tuple[Path, dict[str, Entry]]:
     """The index or only safetensors file of a folder, and its tensors by name."""
     index = folder / INDEX
     if index.exists():
         return index, _indexed(index)
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    files = shards(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file here")
     single = folder / "model.safetensors"
@@ -270,13 +278,13 @@ def _announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] | Non
 
 
 def _sources(layout: Layout, config: Config, entries: Mapping[str, Entry], where: str) -> list[Source]:
-    """How every parameter is stored; CheckpointError unless that is how the files have it.
+    """How every parameter is stored, as announced; CheckpointError where the tensors' names deny it.
 
-    The error names `where`, the file that says which tensors there are.
+    The error names `where`, the file that says which tensors there are. For the single tensors see `_faults`.
     """
     if not layout.announces():
         _check_unannounced(entries, where)
-    sources = [layout.source(param, entries) for param in _expected(config, entries)]
+    sources = [layout.source(param) for param in _expected(config, entries)]
     for source in sources:
         inputs = source.param.shape[-1]
         if source.form is not None and not source.form.fits(inputs):
@@ -288,35 +296,44 @@ def _sources(layout: Layout, config: Config, entries: Mapping[str, Entry], where
             f"{where}: quantized with {layout.name} by its config.json, but no tensor is; first: "
             f"{sources[0].pieces[0].name!r}"
         )
-    _check({piece.name: piece for source in sources for piece in source.pieces}, entries, where)
     return sources
 
 
-def _check(wanted: Mapping[str, Piece], entries: Mapping[str, Entry], where: str) -> None:
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one tensor: `kind` completes "3 tensors …", `text` names it and says the rest."""
+
+    kind: str
+    name: str
+    file: Path | None  # None for a missing one
+    text: str
+
+
+def _faults(wanted: Mapping[str, Piece], entries: Mapping[str, Entry]) -> Iterator[Fault]:
+    """All that is missing, unknown, of the wrong type or shape, in this order."""
     known = [(entry, wanted[name]) for name, entry in entries.items() if name in wanted]
-    faults = {
-        "missing": [repr(name) for name in wanted if name not in entries],
-        "unknown": [
-            f"{name!r} in {entry.file.name}"
-            for name, entry in entries.items()
-            if name not in wanted and not is_skipped(name)
-        ],
-        "of the wrong type": [
-            f"{entry.name!r} is {entry.dtype}, not {', '.join(piece.dtypes)}, in {entry.file.name}"
-            for entry, piece in known
-            if entry.dtype not in piece.dtypes
-        ],
-        "of the wrong shape": [
-            f"{entry.name!r} is {entry.shape}, not {piece.shapes[0]}, in {entry.file.name}"
-            for entry, piece in known
-            if entry.shape not in piece.shapes
-        ],
-    }
-    report = "; ".join(
-        f"{_count(found)} {fault}: {_first(found)}" for fault, found in faults.items() if found
-    )
-    if report:
-        raise CheckpointError(f"{where}: {report}")
+    for name in wanted:
+        if name not in entries:
+            yield Fault("missing", name, None, repr(name))
+    for name, entry in entries.items():
+        if name not in wanted and not is_skipped(name):
+            yield Fault("unknown", name, entry.file, f"{name!r} in {entry.file.name}")
+    for entry, piece in known:
+        if entry.dtype not in piece.dtypes:
+            text = f"{entry.name!r} is {entry.dtype}, not {', '.join(piece.dtypes)}, in {entry.file.name}"
+            yield Fault("of the wrong type", entry.name, entry.file, text)
+    for entry, piece in known:
+        if entry.shape not in piece.shapes:
+            text = f"{entry.name!r} is {entry.shape}, not {piece.shapes[0]}, in {entry.file.name}"
+            yield Fault("of the wrong shape", entry.name, entry.file, text)
+
+
+def _summary(faults: Sequence[Fault]) -> str:
+    """Each kind with its number and its first tensors, in one line."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.kind, []).append(fault.text)
+    return "; ".join(f"{_count(found)} {kind}: {_first(found)}" for kind, found in kinds.items())
 
 
 def _check_unannounced(entries: Mapping[str, Entry], where: str) -> None:
@@ -412,11 +429,12 @@ class Checkpoint:
     sources: Mapping[str, Source]  # how each parameter is stored, by its name in the parameter table
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, check: bool = True) -> Checkpoint:
         """Read the headers of a folder.
 
         ConfigError for config.json and generation_config.json, CheckpointError for the tensors. Values
-        are not read, so NaN and infinities pass (see the module).
+        are not read, so NaN and infinities pass (see the module). Without `check` single tensors may be
+        missing or wrong: `faults` lists them, and such a checkpoint is for looking at only.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -425,10 +443,19 @@ class Checkpoint:
         path = folder / "generation_config.json"
         own = load_json(path) if path.exists() else None
         generation = read_generation_config(own, config.vocab_size, str(path), raw)
-        layout = detect(*_announcement(folder, config))
+        announcement, announcer = _announcement(folder, config)
         where, entries = _find(folder)
+        layout = detect(announcement, announcer, entries)
         sources = _sources(layout, config, entries, str(where))
-        return cls(folder, config, generation, layout, entries, {s.param.name: s for s in sources})
+        checkpoint = cls(folder, config, generation, layout, entries, {s.param.name: s for s in sources})
+        if check and (faults := checkpoint.faults()):
+            raise CheckpointError(f"{where}: {_summary(faults)}")
+        return checkpoint
+
+    def faults(self) -> list[Fault]:
+        """Every tensor that is not as the parameter table and the layout want it."""
+        wanted = {piece.name: piece for source in self.sources.values() for piece in source.pieces}
+        return list(_faults(wanted, self.entries))
 
     def read(self, name: str) -> Stored | Quantized:
         """A parameter as it is stored: a tensor, or a record whose fields are `Stored`.
@@ -501,6 +528,8 @@ HUB_FILES = [
     "chat_template.jinja",
     HF_QUANT_CONFIG,
 ]
+# What a conversion takes along.
+EVERY_FILE = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
 

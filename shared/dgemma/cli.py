@@ -14,20 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from . import __version__
-from .errors import DgemmaError, PromptError
+from .errors import CheckpointError, DgemmaError, PromptError
 from .loading import BACKENDS, DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .checkpoint import Checkpoint
     from .config import GenerationConfig
     from .engine import Done, Event
     from .model import Model
+    from .ops import Ops
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -382,13 +385,14 @@ def _watch(
 
 
 @contextmanager
-def _progress(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
+def _progress(console: Console, label: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, from the second that the work has taken one; gone when it is done."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich import progress as rich
 
     began = time.monotonic()
-    shown = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*shown, console=console, transient=True)
+    amount = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.TaskProgressColumn(),)
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amount, rich.TimeRemainingColumn())
+    bar = rich.Progress(*columns, console=console, transient=True)
     task = bar.add_task(label, total=None)
 
     def update(done: int, total: int) -> None:
@@ -476,3 +480,137 @@ def info(model: str, as_json: bool) -> None:
 
     report = library.describe(model)
     click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))
+
+
+# ---- verify -------------------------------------------------------------------------------------
+
+
+@main.command(context_settings=_HELP, short_help="Check a checkpoint, or compare two.")
+@click.argument("model")
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Compare the weights, class by class, and the logits with this checkpoint's; a folder or a hub id.",
+)
+@click.option(
+    "--logits/--no-logits", default=True, help="Compare logits too.  [default: where both run here]"
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What to make the logits on.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(model: str, against: str | None, logits: bool, backend: str, as_json: bool) -> int:
+    """Check MODEL, a folder or a hub id, down to every stored value.
+
+    Names, types and shapes are held against config.json, the quantization against what it announces; values
+    that are not finite, scales of zero and tied copies that differ are listed. The exit code is 1 if anything
+    is wrong. Differences from --against change no exit code.
+
+    \b
+    dgemma verify google/diffusiongemma-26B-A4B-it
+    dgemma verify ./converted --against ./original
+    """
+    from . import against as comparison
+    from . import verify as library
+    from .checkpoint import resolve
+    from .loading import make_ops
+
+    folder, console = resolve(model), _console()
+    # What is wrong with the other checkpoint or the backend is said before minutes of reading.
+    pair = comparison.pair(folder, against) if against is not None else None
+    ops = make_ops(backend) if pair and pair[0] and logits else None
+    with _progress(console, "checking values", in_bytes=True) as progress:
+        report = {"model": model} | library.inspect(folder, progress)
+    if pair:
+        report["against"] = {"model": against} | _against(*pair, ops, console)
+    click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))
+    return 0 if report["ok"] else 1
+
+
+def _against(
+    checkpoint: Checkpoint | None, other: Checkpoint, ops: Ops | None, console: Console
+) -> dict[str, Any]:
+    from .against import compare, logits
+
+    if checkpoint is None:
+        return {"skipped": "the checkpoint does not open"}
+    with _progress(console, "comparing weights", in_bytes=True) as progress:
+        found: dict[str, Any] = {"weights": compare(checkpoint, other, progress)}
+    if ops is None:
+        return found
+    try:
+        with _progress(console, "comparing logits", in_bytes=True) as progress:
+            found["logits"] = logits(checkpoint, other, ops, progress)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found["logits"] = {"skipped": f"out of memory ({_first_line(error)})"}
+    return found
+
+
+# ---- convert ------------------------------------------------------------------------------------
+
+
+@main.command(context_settings=_HELP, short_help="Convert a checkpoint to another format.")
+@click.argument("source")
+@click.argument("dest", required=False, type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["mlx", "nvfp4", "bf16"]), required=True, help="Format to write.")
+@click.option(
+    "--preset",
+    type=click.Choice(["quality", "balanced", "small"]),
+    default="balanced",
+    show_default=True,
+    help="What each class of weight becomes.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="CLASS=FORMAT",
+    help="Override one class, or one module: experts=nvfp4, attention=8bit, embed=bf16. Repeatable.",
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Print what would be written, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def convert(
+    source: str,
+    dest: Path | None,
+    to: str,
+    preset: str,
+    settings: tuple[str, ...],
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    """Convert SOURCE, a folder or a hub id in any format, into the folder DEST.
+
+    DEST appears when it is whole. An interrupted run goes on where it stopped when the same command is given
+    again. Memory stays near the largest tensor.
+
+    \b
+    dgemma convert google/diffusiongemma-26B-A4B-it model-mlx --to mlx
+    dgemma convert model-bf16 model-nvfp4 --to nvfp4
+    dgemma convert model-bf16 --to mlx --set experts=mxfp4 --plan
+    """
+    from dgemma_convert.plan import make_plan, report, text
+    from dgemma_convert.stream import convert as run
+
+    from .checkpoint import EVERY_FILE, resolve
+
+    if dest is None and not plan_only:
+        raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
+    files = ["config.json", "generation_config.json"] if plan_only else EVERY_FILE
+    plan, checkpoint = make_plan(resolve(source, files=files), to, preset, settings, source)
+    facts = report(plan)
+    if plan_only or dest is None:
+        click.echo(json.dumps(facts) if as_json else text(facts))
+        return
+    if checkpoint is None:
+        raise CheckpointError(f"{source}: no .safetensors file here")
+    with _progress(_console(), "converting", in_bytes=True) as update:
+        written = run(plan, checkpoint, dest.expanduser(), update)
+    click.echo(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}", err=True)
+    if as_json:
+        click.echo(json.dumps(facts | {"dest": str(dest)}))

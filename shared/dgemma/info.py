@@ -7,7 +7,7 @@ numbers; it is small beside them at full size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from .checkpoint import Checkpoint, resolve
 from .config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
 from .ops import Ops
+from .quantized import Form
 from .spec import GROUPS, Param, parameters, text_parameters
 
 CONTEXTS = (1024, 8192, 32768, 131072)
@@ -36,6 +37,8 @@ FORMATS = (
     Format("numpy", "float64", 8, 8),
 )
 
+NOTHING_QUANTIZED: Mapping[str, Form | None] = {}
+
 # ---- the arithmetic -----------------------------------------------------------------------------
 
 
@@ -55,12 +58,25 @@ def _by_group(table: Sequence[Param]) -> dict[str, int]:
     return {group: count for group, count in counts.items() if count}
 
 
-def weight_bytes(config: Config, form: Format) -> int:
-    """Loaded weights: the text model in the compute type, its router in the wide one."""
-    return sum(
-        param.size * (form.wide if param.group == "router" else form.compute)
-        for param in text_parameters(config)
-    )
+def weight_bytes(config: Config, form: Format, stored: Mapping[str, Form | None] = NOTHING_QUANTIZED) -> int:
+    """Loaded weights: the text model in the compute type, its router in the wide one.
+
+    `stored` says by name which parameters are records; those stay packed, but for the router.
+    """
+    return sum(_loaded_bytes(param, form, stored.get(param.name)) for param in text_parameters(config))
+
+
+def _loaded_bytes(param: Param, form: Format, quantized: Form | None) -> int:
+    if param.group == "router":
+        return param.size * form.wide
+    if quantized is None:
+        return param.size * form.compute
+    rows, inputs = param.size // param.shape[-1], param.shape[-1]
+    groups = rows * (inputs // quantized.group) if quantized.group else 0
+    # Affine scales and biases are held in the compute type, codes of scales in a byte.
+    scales = groups * (2 * form.compute if quantized.mode == "affine" else 1)
+    factors = rows * form.wide if quantized.mode == "fp8" else 0
+    return param.size * quantized.bits // 8 + scales + factors
 
 
 def kv_slot_bytes(layer: LayerConfig, form: Format) -> int:
@@ -86,12 +102,14 @@ def vocabulary_bytes(config: Config, form: Format) -> int:
     return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
 
 
-def memory(config: Config, form: Format) -> dict[str, Any]:
+def memory(
+    config: Config, form: Format, stored: Mapping[str, Form | None] = NOTHING_QUANTIZED
+) -> dict[str, Any]:
     """Bytes that one row of a batch needs in this format, by part and by context length."""
     contexts = [tokens for tokens in CONTEXTS if tokens <= config.max_positions]
     if config.max_positions < CONTEXTS[-1] and config.max_positions not in contexts:
         contexts.append(config.max_positions)
-    weights, plane = weight_bytes(config, form), vocabulary_bytes(config, form)
+    weights, plane = weight_bytes(config, form, stored), vocabulary_bytes(config, form)
     kv = {tokens: kv_bytes(config, form, tokens) for tokens in contexts}
     return {
         "backends": form.backends,
@@ -116,24 +134,27 @@ def memory(config: Config, form: Format) -> dict[str, Any]:
 def describe(model: str | Path) -> dict[str, Any]:
     """All that `dgemma info` knows of a folder or hub id, ready for JSON.
 
-    A folder with nothing but config.json will do, and of a hub id nothing else is downloaded. `stored`
-    is null where no weights are at hand.
+    A folder with nothing but config.json will do, and of a hub id nothing else is downloaded. `stored_bytes`
+    is null where no weights are at hand, and memory is then that of an unquantized checkpoint.
     """
     folder = resolve(model, files=["config.json"])
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
     counts, active = parameter_counts(config), active_parameters(config)
+    checkpoint = Checkpoint.open(folder) if any(folder.glob("*.safetensors*")) else None
+    forms = {name: source.form for name, source in checkpoint.sources.items()} if checkpoint else {}
     return {
         "model": str(model),
+        "format": checkpoint.layout.name if checkpoint else None,
         "geometry": geometry(config),
         "parameters": {"total": sum(counts.values()), "active": sum(active.values()), "by_class": counts},
-        "tensors": len(parameters(config)),
+        "tensors": len(checkpoint.entries) if checkpoint else len(parameters(config)),
         "bfloat16_bytes": {
             "total": 2 * sum(counts.values()),
             "by_class": {k: 2 * n for k, n in counts.items()},
         },
-        "stored_bytes": stored_bytes(folder, config),
-        "memory": [memory(config, form) for form in FORMATS],
+        "stored_bytes": stored_bytes(checkpoint) if checkpoint else None,
+        "memory": [memory(config, form, forms) for form in FORMATS],
     }
 
 
@@ -159,11 +180,8 @@ def geometry(config: Config) -> dict[str, Any]:
     }
 
 
-def stored_bytes(folder: Path, config: Config) -> dict[str, Any] | None:
-    """Bytes of the tensors in the folder's files by class, None where it has no files of weights."""
-    if not any(folder.glob("*.safetensors*")):
-        return None
-    checkpoint = Checkpoint.open(folder)
+def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Bytes of the tensors in a checkpoint's files by class."""
     by_class = dict.fromkeys(GROUPS, 0) | {"other": 0}
     for name, source in checkpoint.sources.items():
         by_class[source.param.group] += checkpoint.nbytes(name)

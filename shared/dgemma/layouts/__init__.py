@@ -52,24 +52,33 @@ class Source:
 
 
 class Layout:
-    """A format. This base is the unquantized one: Hugging Face's names, every parameter one tensor."""
+    """A format, for a checkpoint with tensors of these `names`: what is announced, they confirm.
+
+    This base is the unquantized one: every parameter one tensor under Hugging Face's name. MLX adds
+    `.weight` to the names of experts, quantized or not.
+    """
 
     name = "unquantized"
 
-    def form(self, param: Param, names: Collection[str]) -> Form | None:
-        """How `param` is stored in a checkpoint with tensors of these names."""
+    def __init__(self, names: Collection[str] = ()):
+        self.names = names
+
+    def form(self, param: Param) -> Form | None:
+        """How `param` is stored, None for not quantized."""
         return None
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
         """The tensors of a parameter stored in this form."""
-        yield Piece(param.name, "value", FLOATS, (param.shape,))
+        of_mlx = param.group == "experts" and f"{param.name}.weight" in self.names
+        yield Piece(f"{param.name}.weight" if of_mlx else param.name, "value", FLOATS, (param.shape,))
 
-    def source(self, param: Param, names: Collection[str]) -> Source:
-        """How `param` is stored in a checkpoint with tensors of these names."""
-        form = self.form(param, names)
+    def source(self, param: Param) -> Source:
+        """How `param` is stored, tensor by tensor."""
+        form = self.form(param)
         return Source(param, form, tuple(self.pieces(param, form)), self.divides(form))
 
     def divides(self, form: Form | None) -> bool:
+        """Whether values of this form are divided by their factor."""
         return False
 
     def announces(self) -> bool:
@@ -125,26 +134,26 @@ SUPPORTED = (
 )
 
 
-def detect(announcement: Mapping[str, Any] | None, where: str) -> Layout:
+def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection[str]) -> Layout:
     """The layout that a `quantization` or `quantization_config` entry of config.json announces.
 
     CheckpointError names `where`, what is announced and what is supported.
     """
     if announcement is None:
-        return Layout()
+        return Layout(names)
     method = announcement.get("quant_method")
     if method == "modelopt":
         from .modelopt import ModelOptLayout
 
-        return ModelOptLayout(announcement, where)
+        return ModelOptLayout(announcement, where, names)
     if method == "compressed-tensors":
         from .compressed import CompressedLayout
 
-        return CompressedLayout(announcement, where)
+        return CompressedLayout(announcement, where, names)
     if method in (None, "mlx") and "bits" in announcement:
         from .mlx import MlxLayout
 
-        return MlxLayout(announcement, where)
+        return MlxLayout(announcement, where, names)
     raise unsupported(where, f"quant_method {reprlib.repr(method)}")
 
 

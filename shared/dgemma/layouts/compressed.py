@@ -25,7 +25,8 @@ class CompressedLayout(Layout):
 
     name = "compressed-tensors"
 
-    def __init__(self, announcement: Mapping[str, Any], where: str):
+    def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
+        super().__init__(names)
         groups = announcement.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, Mapping) else []
         self.announced = {_group_form(group, announcement, where) for group in groups if group}
@@ -45,13 +46,13 @@ class CompressedLayout(Layout):
     def divides(self, form: Form | None) -> bool:
         return form == NVFP4
 
-    def form(self, param: Param, names: Collection[str]) -> Form | None:
+    def form(self, param: Param) -> Form | None:
         if not is_linear(param) or param.group == "embed" or self._ignores(module(param)):
             return None
         first = next(linears(param))[0]
-        if NVFP4 in self.announced and f"{first}.weight_packed" in names:
+        if NVFP4 in self.announced and f"{first}.weight_packed" in self.names:
             return NVFP4
-        if FP8 in self.announced and f"{first}.weight_scale" in names:
+        if FP8 in self.announced and f"{first}.weight_scale" in self.names:
             return FP8
         # Experts must be quantized: what is missing is then said tensor by tensor.
         return min(self.announced, key=str) if param.group == "experts" else None

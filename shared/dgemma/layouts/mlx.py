@@ -24,11 +24,12 @@ FACTOR = "weight_scale_2"
 
 
 class MlxLayout(Layout):
-    """What an MLX `quantization` entry announces. `factored`: modules whose factor is stored."""
+    """What an MLX `quantization` entry announces."""
 
     name = "mlx"
 
-    def __init__(self, announcement: Mapping[str, Any], where: str):
+    def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
+        super().__init__(names)
         self.where = where
         self.default = self._form(announcement, "quantization")
         # mlx-vlm writes some paths with the name of the wrapper in front.
@@ -37,7 +38,6 @@ class MlxLayout(Layout):
             for path, value in announcement.items()
             if isinstance(value, Mapping | bool)
         }
-        self.factored: set[str] = set()
 
     def announces(self) -> bool:
         return True
@@ -60,23 +60,19 @@ class MlxLayout(Layout):
             )
         return form
 
-    def form(self, param: Param, names: Collection[str]) -> Form | None:
+    def form(self, param: Param) -> Form | None:
         if not is_linear(param):
             return None
         path = module(param)
-        if f"{path}.{FACTOR}" in names:
-            self.factored.add(path)
         override = self.overrides.get(path)
         if isinstance(override, Mapping):
             return self._form(override, path)
-        return self.default if override is not False and f"{path}.scales" in names else None
+        return self.default if override is not False and f"{path}.scales" in self.names else None
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
         path = module(param)
         if form is None:
-            # Experts are modules in MLX, so their one parameter has a name of its own.
-            name = f"{path}.weight" if param.group == "experts" else param.name
-            yield Piece(name, "value", FLOATS, (param.shape,))
+            yield from super().pieces(param, form)
             return
         *rows, inputs = param.shape
         yield Piece(f"{path}.weight", "codes", ("U32",), ((*rows, inputs * form.bits // 32),))
@@ -85,6 +81,6 @@ class MlxLayout(Layout):
         yield Piece(f"{path}.scales", "scales", types, (scales,))
         if form.mode == "affine":
             yield Piece(f"{path}.biases", "biases", types, (scales,))
-        if path in self.factored and form.mode == "nvfp4":
+        if form.mode == "nvfp4" and f"{path}.{FACTOR}" in self.names:
             whole = (*param.shape[:-2], 1)
             yield Piece(f"{path}.{FACTOR}", "factor", ("F32",), (tuple(rows), whole))

@@ -25,7 +25,8 @@ class ModelOptLayout(Layout):
 
     name = "modelopt"
 
-    def __init__(self, announcement: Mapping[str, Any], where: str):
+    def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
+        super().__init__(names)
         for key, supported in (("quant_algo", "NVFP4"), ("group_size", 16)):
             if announcement.get(key, supported) != supported:
                 raise unsupported(where, f"ModelOpt {key} {reprlib.repr(announcement[key])}")
@@ -36,12 +37,12 @@ class ModelOptLayout(Layout):
     def announces(self) -> bool:
         return True
 
-    def form(self, param: Param, names: Collection[str]) -> Form | None:
+    def form(self, param: Param) -> Form | None:
         if not is_linear(param) or any(matches(module(param), pattern) for pattern in self.excluded):
             return None
         if param.group == "experts":
             return NVFP4
-        return NVFP4 if f"{module(param)}.weight_scale" in names else None
+        return NVFP4 if f"{module(param)}.weight_scale" in self.names else None
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
         if form is None:

@@ -1,0 +1,128 @@
+"""One parameter, or a part of it along its first axis, from how it is stored to how it is written.
+
+Parts keep memory small whatever the size of a tensor: a few experts, or a block of rows. What passes through
+keeps its codes and scales bit for bit; all else goes through float32 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dgemma import nvfp4
+from dgemma.errors import CheckpointError
+from dgemma.numpy_ops import NumpyOps
+from dgemma.ops import Stored
+from dgemma.quantized import Quantized, bf16_bits, blocks, quantize
+
+from .plan import Job, Output
+
+PART_WEIGHTS = 1 << 22  # weights in a part: 16 MB of float32, an expert of the release
+_OPS = NumpyOps()
+
+Fields = Mapping[str, np.ndarray]  # by role, raw as written
+
+
+def parts(job: Job) -> Iterator[tuple[int, int]]:
+    """Ranges of the first axis to convert at a time.
+
+    A factor that quantizing makes is one a matrix, so a lone matrix with one is not cut.
+    """
+    shape = job.param.shape
+    whole = len(shape) == 1 or (job.factored and not job.kept and len(shape) == 2)
+    rows = shape[0] if whole else max(1, PART_WEIGHTS * shape[0] // max(1, job.param.size))
+    for start in range(0, shape[0], rows):
+        yield start, min(start + rows, shape[0])
+
+
+def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Fields:
+    """The fields of rows or experts start…stop as they are written. CheckpointError for values not finite."""
+    part = _cut(stored, start, stop)
+    if job.kept:
+        assert isinstance(part, Quantized)
+        return _kept(part, job)
+    x = values(part)
+    if not np.isfinite(x).all():
+        name, file = _origin(stored)
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has values that are not finite; `dgemma verify` says where"
+        )
+    if job.form is None:
+        return {"value": bf16_bits(x)}
+    record = quantize(x, job.form) if job.factored or job.form.mode == "affine" else blocks(x, job.form, None)
+    made: dict[str, Any] = {"codes": record.codes}
+    for role in ("scales", "biases"):
+        if (field := getattr(record, role)) is not None:
+            made[role] = bf16_bits(field) if job.form.mode == "affine" else field
+    return made | ({"factor": _rows(record.factor, x.shape[:-1])} if job.factored else {})
+
+
+def values(stored: Stored | Quantized) -> np.ndarray:
+    """The float32 values of a tensor or record."""
+    if isinstance(stored, Quantized):
+        return np.asarray(_OPS.dequantize(_OPS.place(stored)), np.float32)
+    return stored.to_float32()
+
+
+def cut(output: Output, made: Fields, start: int, stop: int) -> tuple[int, np.ndarray] | None:
+    """Byte offset in the tensor `output` and what to write there of a part; None if it has none of it."""
+    data = made[output.role] if output.role in made else _constant(output, made)
+    if output.place is None:
+        row = output.nbytes // output.shape[0]
+        return start * row, data
+    first, *rest = output.place
+    assert isinstance(first, int)
+    if not start <= first < stop:
+        return None
+    piece = data[(first - start, *rest)]
+    return 0, piece.reshape(-1)[:1] if output.role in ("factor", "unused") else piece
+
+
+def _constant(output: Output, made: Fields) -> np.ndarray:
+    """What a layout asks for and a record may lack: an input scale, and the factor of one that has none."""
+    assert output.role in ("unused", "factor"), output
+    return np.ones(made["codes"].shape[:-1], np.float32)
+
+
+def _cut(stored: Stored | Quantized, start: int, stop: int) -> Stored | Quantized:
+    def part(x: Stored) -> Stored:
+        data = x.data[start:stop]
+        return replace(x, data=data, shape=data.shape)
+
+    if isinstance(stored, Stored):
+        return part(stored)
+    lone = stored.factor is not None and stored.factor.shape == (1,)
+    record = (replace(stored, factor=None) if lone else stored).map(part)
+    return replace(record, factor=stored.factor) if lone else record
+
+
+def _kept(record: Quantized, job: Job) -> Fields:
+    made: dict[str, Any] = {"codes": record.codes.data}
+    for role in ("scales", "biases"):
+        if (field := getattr(record, role)) is not None:
+            made[role] = field.data
+    if job.factored and record.factor is not None:
+        factor = record.factor.to_float32()
+        made["factor"] = _rows(1 / factor if record.divides else factor, record.codes.shape[:-1])
+    return made
+
+
+def _rows(factor: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A factor for every row."""
+    return np.ascontiguousarray(np.broadcast_to(factor, shape), np.float32)
+
+
+def _origin(stored: Stored | Quantized) -> tuple[str, Any]:
+    first = stored.codes if isinstance(stored, Quantized) else stored
+    return first.name, first.file
+
+
+def spoiled(stored: Stored, role: str, mode: str) -> bool:
+    """Whether a scale, bias or factor of a source is no number, which would spoil all that it scales."""
+    if stored.data.dtype == np.uint8:
+        table = nvfp4.E4M3 if mode == "nvfp4" else nvfp4.E8M0
+        return bool(np.isnan(table[stored.data]).any())
+    return not np.isfinite(stored.to_float32()).all()

@@ -1,0 +1,252 @@
+"""Which tensors a conversion writes: worked out from headers alone, before a weight is read.
+
+Everything of the output is known from here on, names and offsets included, so that tensors can be written
+in parts, a part of a tensor at a time and in any order, and a killed run can be told from a finished one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dgemma
+from dgemma.checkpoint import DTYPES, Checkpoint
+from dgemma.config import Config, load_json, read_config
+from dgemma.errors import ConfigError
+from dgemma.info import FORMATS, amount, table, weight_bytes
+from dgemma.layouts import Layout, Piece, Place, Source
+from dgemma.quantized import Form
+from dgemma.spec import Param, parameters
+
+from .recipe import CLASSES, recipe
+from .target import Target, targets
+
+SHARD_BYTES = 5_000_000_000
+_ANNOUNCEMENTS = ("quantization", "quantization_config", "dgemma")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write: field `role` of its parameter's record, or the part at `place`."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    place: Place | None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+@dataclass(frozen=True)
+class Job:
+    """One parameter: how it is stored and what becomes of it."""
+
+    source: Source
+    form: Form | None
+    outputs: tuple[Output, ...]
+    factored: bool
+
+    @property
+    def param(self) -> Param:
+        return self.source.param
+
+    @property
+    def kept(self) -> bool:
+        """Whether codes and scales pass through as they are."""
+        return self.form is not None and self.form == self.source.form
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion. `config` and `files` are the JSON files of the output, by name in `files`."""
+
+    target: Target
+    geometry: Config
+    jobs: tuple[Job, ...]
+    stored: Mapping[str, int]  # bytes of each parameter in the source
+    config: Mapping[str, Any]
+    files: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def tensors(self) -> int:
+        return sum(len(job.outputs) for job in self.jobs)
+
+    def shards(self) -> list[tuple[str, list[Job]]]:
+        """File names with the parameters in them, in order; none above SHARD_BYTES if no parameter is."""
+        parts: list[list[Job]] = [[]]
+        size = 0
+        for job in self.jobs:
+            if parts[-1] and size + job.nbytes > SHARD_BYTES:
+                parts.append([])
+                size = 0
+            parts[-1].append(job)
+            size += job.nbytes
+        if len(parts) == 1:
+            return [("model.safetensors", parts[0])]
+        name = f"model-{{:05}}-of-{len(parts):05}.safetensors"
+        return [(name.format(index + 1), part) for index, part in enumerate(parts)]
+
+
+def make_plan(
+    folder: Path, to: str, preset: str = "balanced", settings: Sequence[str] = (), source_name: str = ""
+) -> tuple[Plan, Checkpoint | None]:
+    """The conversion of a folder, and its checkpoint; None for a folder with config.json and no weights.
+
+    Such a folder is taken for the release's bfloat16, so that a plan can be made before a download.
+    ConfigError and CheckpointError say what is wrong with files and settings.
+    """
+    raw = load_json(folder / "config.json")
+    checkpoint = Checkpoint.open(folder) if any(folder.glob("*.safetensors*")) else None
+    if checkpoint is not None:
+        geometry = checkpoint.config
+        sources = list(checkpoint.sources.values())
+        stored = {name: checkpoint.nbytes(name) for name in checkpoint.sources}
+    else:
+        geometry = read_config(raw, str(folder / "config.json"))
+        sources = [Layout().source(param) for param in parameters(geometry)]
+        stored = {source.param.name: 2 * source.param.size for source in sources}
+    target = _target(to)
+    params = [source.param for source in sources]
+    chosen = recipe(target.presets[preset], settings, params, target.stores)
+    forms = {param.name: chosen.form(param) for param in params}
+    target.check(params, forms)
+    jobs = _jobs(target, sources, forms, checkpoint)
+    bare = {key: value for key, value in raw.items() if key not in _ANNOUNCEMENTS}
+    config = target.announce(bare, params, forms)
+    own = folder / "generation_config.json"
+    if to == "mlx" and own.exists():  # mlx-community's files have it inside as well
+        config = config | {"generation_config": load_json(own)}
+    made = {
+        "version": dgemma.__version__,
+        "source": source_name or folder.name,
+        "target": to,
+        "preset": preset,
+        "settings": list(settings),
+    }
+    plan = Plan(target, geometry, tuple(jobs), stored, config | {"dgemma": made}, target.files(params, forms))
+    return plan, checkpoint
+
+
+def _target(to: str) -> Target:
+    known = targets()
+    if to not in known:
+        raise ConfigError(f"unknown target {to!r}; known: {', '.join(known)}")
+    return known[to]
+
+
+def _jobs(
+    target: Target, sources: Sequence[Source], forms: Mapping[str, Form | None], checkpoint: Checkpoint | None
+) -> list[Job]:
+    factored = {source.param.name for source in sources if _factored(target, source, forms)}
+    layout = target.layout([source.param for source in sources], forms, factored)
+    jobs = []
+    for source in sources:
+        form = forms[source.param.name]
+        outputs = tuple(
+            Output(p.name, p.role, _dtype(p, source, form, checkpoint), p.shapes[0], p.place)
+            for p in layout.pieces(source.param, form)
+        )
+        jobs.append(Job(source, form, outputs, source.param.name in factored))
+    return jobs
+
+
+def _factored(target: Target, source: Source, forms: Mapping[str, Form | None]) -> bool:
+    """Whether the output's record has a factor: one that is kept, or one that quantizing makes."""
+    form = forms[source.param.name]
+    if form is None:
+        return False
+    has = any(piece.role == "factor" for piece in source.pieces)
+    return target.factored(form) or (form == source.form and has)
+
+
+def _dtype(piece: Piece, source: Source, form: Form | None, checkpoint: Checkpoint | None) -> str:
+    """The type to write a tensor in: float scales that pass through keep theirs."""
+    if form == source.form and piece.role in ("scales", "biases") and checkpoint is not None:
+        own = next(p.name for p in source.pieces if p.role == piece.role)
+        if (dtype := checkpoint.entries[own].dtype) in piece.dtypes:
+            return dtype
+    return piece.dtypes[0]
+
+
+def fingerprint(plan: Plan, checkpoint: Checkpoint) -> str:
+    """What a half-finished output must have in common with a run that goes on with it."""
+    files = sorted({entry.file for entry in checkpoint.entries.values()})
+    facts = {
+        "config": plan.config,
+        "outputs": [[o.name, o.dtype, o.shape] for job in plan.jobs for o in job.outputs],
+        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "shards": [name for name, _ in plan.shards()],
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+# ---- as a report --------------------------------------------------------------------------------
+
+
+def report(plan: Plan) -> dict[str, Any]:
+    """What `--plan` prints, ready for JSON: a class becomes what, bytes, and memory to run."""
+    forms = {job.param.name: job.form for job in plan.jobs}
+    classes = []
+    for group in (*CLASSES, "norm"):
+        jobs = [job for job in plan.jobs if job.param.group == group]
+        if jobs:
+            classes.append(
+                {
+                    "class": group,
+                    "becomes": _becomes(jobs),
+                    "parameters": sum(job.param.size for job in jobs),
+                    "bytes_before": sum(plan.stored[job.param.name] for job in jobs),
+                    "bytes_after": sum(job.nbytes for job in jobs),
+                }
+            )
+    return {
+        "target": plan.target.name,
+        "classes": classes,
+        "tensors": plan.tensors,
+        "bytes_before": sum(plan.stored.values()),
+        "bytes_after": plan.nbytes,
+        "shards": len(plan.shards()),
+        "memory_to_load": {
+            f"{form.backends} {form.dtype}": weight_bytes(plan.geometry, form, forms) for form in FORMATS
+        },
+    }
+
+
+def _becomes(jobs: Sequence[Job]) -> str:
+    """The forms of a class's matrices, most weights first."""
+    sizes: dict[str, int] = {}
+    for job in jobs:
+        form = "bf16" if job.form is None else str(job.form)
+        sizes[form] = sizes.get(form, 0) + job.param.size
+    return ", ".join(sorted(sizes, key=lambda form: -sizes[form]))
+
+
+def text(facts: Mapping[str, Any]) -> str:
+    """The report of `report` to read."""
+    rows = [["class", "becomes", "before", "after"]]
+    rows += [
+        [c["class"], c["becomes"], amount(c["bytes_before"]), amount(c["bytes_after"])]
+        for c in facts["classes"]
+    ]
+    rows.append(["all", "", amount(facts["bytes_before"]), amount(facts["bytes_after"])])
+    files = f"{facts['tensors']:,} tensors, {facts['bytes_after']:,} bytes in {facts['shards']} files"
+    memory = [[f"memory of the weights, {name}", amount(n)] for name, n in facts["memory_to_load"].items()]
+    return "\n".join([*table(rows), "", files, "", *table(memory)])

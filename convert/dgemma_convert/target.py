@@ -1,0 +1,52 @@
+"""What a target format is to the converter: a layout to cut tensors by, and how config.json announces it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from dgemma.layouts import Layout
+from dgemma.quantized import Form
+from dgemma.spec import Param
+
+from .recipe import Words
+
+Forms = Mapping[str, Form | None]  # by parameter name
+
+
+class Target:
+    """Base of the formats that can be written; one instance a conversion."""
+
+    name = ""
+    stores: tuple[str, ...] = ()  # modes beside bf16
+    presets: Mapping[str, Words] = MappingProxyType({})
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"})  # of every safetensors file
+
+    def check(self, table: Sequence[Param], forms: Forms) -> None:
+        """ConfigError if the format cannot hold these forms."""
+
+    def layout(self, table: Sequence[Param], forms: Forms, factored: Collection[str]) -> Layout:
+        """The layout to cut tensors by; `factored`: names of the parameters whose records have a factor."""
+        raise NotImplementedError
+
+    def announce(self, config: dict[str, Any], table: Sequence[Param], forms: Forms) -> dict[str, Any]:
+        """config.json of the output, from the source's without its own announcement."""
+        raise NotImplementedError
+
+    def files(self, table: Sequence[Param], forms: Forms) -> Mapping[str, Any]:
+        """Further JSON files by name."""
+        return {}
+
+    def factored(self, form: Form | None) -> bool:
+        """Whether a parameter that is quantized anew gets a factor."""
+        return False
+
+
+def targets() -> dict[str, Target]:
+    """The formats by name."""
+    from .bf16 import Bf16Target
+    from .mlx import MlxTarget
+    from .nvfp4 import Nvfp4Target
+
+    return {target.name: target for target in (MlxTarget(), Nvfp4Target(), Bf16Target())}
