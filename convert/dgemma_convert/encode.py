@@ -7,12 +7,11 @@ keeps its codes and scales bit for bit; all else goes through float32 values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from dgemma import nvfp4
 from dgemma.errors import CheckpointError
 from dgemma.numpy_ops import NumpyOps
 from dgemma.ops import Stored
@@ -40,7 +39,7 @@ def parts(job: Job) -> Iterator[tuple[int, int]]:
 
 def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Fields:
     """The fields of rows or experts start…stop as they are written. CheckpointError for values not finite."""
-    part = _cut(stored, start, stop)
+    part = stored[start:stop]
     if job.kept:
         assert isinstance(part, Quantized)
         return _kept(part, job)
@@ -70,10 +69,11 @@ def values(stored: Stored | Quantized) -> np.ndarray:
 def cut(output: Output, made: Fields, start: int, stop: int) -> tuple[int, np.ndarray] | None:
     """Byte offset in the tensor `output` and what to write there of a part; None if it has none of it."""
     data = made[output.role] if output.role in made else _constant(output, made)
-    if output.place is None:
-        row = output.nbytes // output.shape[0]
-        return start * row, data
-    first, *rest = output.place
+    first, *rest = output.place or (None,)
+    if first is None and prod(output.shape) > 1:
+        return start * (output.nbytes // output.shape[0]), data
+    if first is None:  # one number of a whole matrix: its first part writes it
+        return (0, data.reshape(-1)[:1]) if start == 0 else None
     assert isinstance(first, int)
     if not start <= first < stop:
         return None
@@ -85,18 +85,6 @@ def _constant(output: Output, made: Fields) -> np.ndarray:
     """What a layout asks for and a record may lack: an input scale, and the factor of one that has none."""
     assert output.role in ("unused", "factor"), output
     return np.ones(made["codes"].shape[:-1], np.float32)
-
-
-def _cut(stored: Stored | Quantized, start: int, stop: int) -> Stored | Quantized:
-    def part(x: Stored) -> Stored:
-        data = x.data[start:stop]
-        return replace(x, data=data, shape=data.shape)
-
-    if isinstance(stored, Stored):
-        return part(stored)
-    lone = stored.factor is not None and stored.factor.shape == (1,)
-    record = (replace(stored, factor=None) if lone else stored).map(part)
-    return replace(record, factor=stored.factor) if lone else record
 
 
 def _kept(record: Quantized, job: Job) -> Fields:
@@ -118,11 +106,3 @@ def _rows(factor: Any, shape: tuple[int, ...]) -> np.ndarray:
 def _origin(stored: Stored | Quantized) -> tuple[str, Any]:
     first = stored.codes if isinstance(stored, Quantized) else stored
     return first.name, first.file
-
-
-def spoiled(stored: Stored, role: str, mode: str) -> bool:
-    """Whether a scale, bias or factor of a source is no number, which would spoil all that it scales."""
-    if stored.data.dtype == np.uint8:
-        table = nvfp4.E4M3 if mode == "nvfp4" else nvfp4.E8M0
-        return bool(np.isnan(table[stored.data]).any())
-    return not np.isfinite(stored.to_float32()).all()

@@ -25,8 +25,9 @@ from dgemma.errors import CheckpointError, ConfigError
 from dgemma.info import amount
 from dgemma.ops import Stored
 from dgemma.quantized import Quantized
+from dgemma.verify import scale_findings
 
-from .encode import cut, fields, parts, spoiled
+from .encode import cut, fields, parts
 from .plan import Job, Plan, fingerprint
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -75,15 +76,9 @@ def _is_done(plan: Plan, dest: Path) -> bool:
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
-    """CheckpointError if a scale or factor of a quantized source is no number."""
-    for source in checkpoint.sources.values():
-        for piece in source.pieces:
-            if source.form is not None and piece.role in ("scales", "biases", "factor"):
-                entry = checkpoint.entries[piece.name]
-                if spoiled(entry.read(), piece.role, source.form.mode):
-                    raise CheckpointError(
-                        f"{entry.file}: tensor {entry.name!r} has scales that are not finite"
-                    )
+    """CheckpointError for scales of a quantized source that are damaged: they would spoil all they scale."""
+    for finding in scale_findings(checkpoint):
+        raise CheckpointError(f"{checkpoint.folder}: {finding.text}")
 
 
 def _shifted(progress: Progress | None, by: int, total: int) -> Progress | None:

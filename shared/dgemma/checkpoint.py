@@ -277,26 +277,17 @@ def _announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] | Non
     return {"quant_method": "modelopt", **own}, str(path)
 
 
-def _sources(layout: Layout, config: Config, entries: Mapping[str, Entry], where: str) -> list[Source]:
-    """How every parameter is stored, as announced; CheckpointError where the tensors' names deny it.
-
-    The error names `where`, the file that says which tensors there are. For the single tensors see `_faults`.
-    """
+def _contradictions(layout: Layout, sources: Sequence[Source], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Where the tensors' names deny what is announced; `_faults` has those that are not as announced."""
     if not layout.announces():
-        _check_unannounced(entries, where)
-    sources = [layout.source(param) for param in _expected(config, entries)]
+        yield from _unannounced(entries)
     for source in sources:
         inputs = source.param.shape[-1]
         if source.form is not None and not source.form.fits(inputs):
-            raise CheckpointError(
-                f"{where}: {source.param.name!r} has rows of {inputs}, which {source.form} does not divide"
-            )
+            yield f"{source.param.name!r} has rows of {inputs}, which {source.form} does not divide"
     if layout.announces() and all(source.form is None for source in sources):
-        raise CheckpointError(
-            f"{where}: quantized with {layout.name} by its config.json, but no tensor is; first: "
-            f"{sources[0].pieces[0].name!r}"
-        )
-    return sources
+        first = sources[0].pieces[0].name
+        yield f"quantized with {layout.name} by its config.json, but no tensor is; first: {first!r}"
 
 
 @dataclass(frozen=True)
@@ -336,7 +327,7 @@ def _summary(faults: Sequence[Fault]) -> str:
     return "; ".join(f"{_count(found)} {kind}: {_first(found)}" for kind, found in kinds.items())
 
 
-def _check_unannounced(entries: Mapping[str, Entry], where: str) -> None:
+def _unannounced(entries: Mapping[str, Entry]) -> Iterator[str]:
     """Quantized tensors of a checkpoint whose config.json does not say so: which format, nobody knows."""
     suspects = [
         f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
@@ -345,8 +336,8 @@ def _check_unannounced(entries: Mapping[str, Entry], where: str) -> None:
         and (_QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype))
     ]
     if suspects:
-        raise CheckpointError(
-            f"{where}: quantized with a method that config.json does not announce; supported: {SUPPORTED}; "
+        yield (
+            f"quantized with a method that config.json does not announce; supported: {SUPPORTED}; "
             f"{_count(suspects)}: {_first(suspects)}"
         )
 
@@ -433,8 +424,9 @@ class Checkpoint:
         """Read the headers of a folder.
 
         ConfigError for config.json and generation_config.json, CheckpointError for the tensors. Values
-        are not read, so NaN and infinities pass (see the module). Without `check` single tensors may be
-        missing or wrong: `faults` lists them, and such a checkpoint is for looking at only.
+        are not read, so NaN and infinities pass (see the module). Without `check` tensors may be missing,
+        wrong, or not what is announced: `contradictions` and `faults` list it all, and such a checkpoint is
+        for looking at only.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -446,11 +438,17 @@ class Checkpoint:
         announcement, announcer = _announcement(folder, config)
         where, entries = _find(folder)
         layout = detect(announcement, announcer, entries)
-        sources = _sources(layout, config, entries, str(where))
-        checkpoint = cls(folder, config, generation, layout, entries, {s.param.name: s for s in sources})
+        sources = {param.name: layout.source(param) for param in _expected(config, entries)}
+        checkpoint = cls(folder, config, generation, layout, entries, sources)
+        if check and (wrong := checkpoint.contradictions()):
+            raise CheckpointError(f"{where}: {wrong[0]}")
         if check and (faults := checkpoint.faults()):
             raise CheckpointError(f"{where}: {_summary(faults)}")
         return checkpoint
+
+    def contradictions(self) -> list[str]:
+        """Where the tensors deny the quantization that config.json announces, or its silence."""
+        return list(_contradictions(self.layout, list(self.sources.values()), self.entries))
 
     def faults(self) -> list[Fault]:
         """Every tensor that is not as the parameter table and the layout want it."""

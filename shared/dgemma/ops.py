@@ -16,7 +16,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,11 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    def __getitem__(self, rows: slice) -> Stored:
+        """A part along the first axis."""
+        data = self.data[rows]
+        return replace(self, shape=data.shape, data=data)
 
     def to_float32(self) -> np.ndarray:
         """The values, in memory of their own. Floating-point types of 16 bits and more only."""

@@ -1,0 +1,413 @@
+"""Whether a checkpoint is whole: every name, type, shape and stored value of it.
+
+A load checks names, types and shapes. `inspect` also looks at the values: it reads every tensor of numbers
+once, in file order and in chunks, and tests bit patterns, so that nothing is decoded and memory does not
+grow with the checkpoint. Packed codes of affine and 4-bit forms are left unread: any of them is a number.
+The price: a wrong value that is finite passes, and only a checkpoint to compare with shows it
+(`dgemma.against`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import against, info
+from .checkpoint import DTYPES, INDEX, Checkpoint, Entry, Progress, read_header, shards
+from .errors import CheckpointError, DgemmaError
+from .layouts import FLOATS, Piece
+from .ops import Stored
+from .quantized import Form
+from .spec import GROUPS, is_skipped
+
+CHUNK = 1 << 22  # values looked at at once
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, said in one line by `text`.
+
+    `kind`: "file" or "checkpoint" for what keeps either from being read; "quantization" for tensors that
+    deny what is announced; "missing", "unknown", "of the wrong type", "of the wrong shape"; of values
+    "non-finite", "zero", "negative"; "tied" for a copy that differs. `count` values are concerned, the one
+    at index `first` is the first of them.
+    """
+
+    kind: str
+    text: str
+    tensor: str | None = None
+    file: str | None = None
+    count: int | None = None
+    first: tuple[int, ...] | None = None
+
+
+# ---- what a value must not be -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A number type as words of bits: not finite where all of `special` are set; `sign` is the sign's bit."""
+
+    word: str
+    special: int
+    sign: int
+
+
+BITS = {
+    "BF16": Bits("<u2", 0x7F80, 0x8000),
+    "F16": Bits("<u2", 0x7C00, 0x8000),
+    "F32": Bits("<u4", 0x7F80_0000, 0x8000_0000),
+    "F64": Bits("<u8", 0x7FF0_0000_0000_0000, 0x8000_0000_0000_0000),
+    "F8_E5M2": Bits("u1", 0x7C, 0x80),
+    "F8_E4M3": Bits("u1", 0x7F, 0x80),  # no infinity: one NaN of each sign
+    "F8_E8M0": Bits("u1", 0xFF, 0),  # powers of two: one NaN, no zero, no sign
+}
+_PHRASES = {"non-finite": "not finite", "zero": "zero", "negative": "negative"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tensor to look at: the type of number that its bytes are read as, and the `kinds` to look for.
+
+    `codes` are those of NVFP4 block scales. A scale of zero over codes of zero is no damage: it is how MLX
+    writes a block of zeros, and of weights that round to zero.
+    """
+
+    entry: Entry
+    dtype: str
+    kinds: tuple[str, ...]
+    codes: Entry | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in numbers of this type: codes of 8 bits are stored four a word."""
+        stored = np.dtype(DTYPES[self.entry.dtype]).itemsize
+        per_word = stored // np.dtype(BITS[self.dtype].word).itemsize
+        *lead, last = self.entry.shape or (1,)
+        return (*lead, last * per_word)
+
+
+def _subject(entry: Entry, piece: Piece | None, form: Form | None, codes: Entry | None) -> Subject | None:
+    """What to look for in a tensor; `piece` is None for one whose role is not known. None: nothing.
+
+    Scales of affine groups have either sign, but MLX writes none below 1e-7 in size: zero is damage there.
+    """
+    dtype, kinds = entry.dtype, ["non-finite"]
+    role, mode = piece and piece.role, form and form.mode
+    if role == "scales" and mode != "affine":
+        dtype = "F8_E4M3" if mode == "nvfp4" else "F8_E8M0"
+    elif role == "codes" and mode in ("mxfp8", "fp8"):
+        dtype = "F8_E4M3"
+    if role == "factor" or (role == "scales" and mode == "nvfp4"):
+        kinds += ["zero", "negative"]
+    elif role == "scales" and mode == "affine":
+        kinds += ["zero"]
+    if dtype not in BITS:
+        return None
+    return Subject(entry, dtype, tuple(kinds), codes if role == "scales" and mode == "nvfp4" else None)
+
+
+def _scan(subject: Subject) -> list[Finding]:
+    """The findings of one tensor, one a kind."""
+    count = dict.fromkeys(subject.kinds, 0)
+    first: dict[str, int] = {}
+    for start, words in _chunks(subject.entry, BITS[subject.dtype].word):
+        for kind, mask in _masks(subject, start, words):
+            if found := int(np.count_nonzero(mask)):
+                count[kind] += found
+                first.setdefault(kind, start + int(mask.argmax()))
+    return [_of_values(subject.entry, subject.shape, kind, count[kind], at) for kind, at in first.items()]
+
+
+def _masks(subject: Subject, start: int, words: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Where a chunk's words are of each kind, bool as long as the chunk."""
+    bits, number = BITS[subject.dtype], words.dtype.type
+    special = (words & number(bits.special)) == bits.special
+    yield "non-finite", special
+    if "zero" not in subject.kinds:
+        return
+    zero = (words & ~number(bits.sign)) == 0
+    if "negative" in subject.kinds:
+        yield "negative", ((words & number(bits.sign)) != 0) & ~zero & ~special
+    if subject.codes:
+        places = np.flatnonzero(zero)
+        zero[places] = _has_codes(subject.codes, start + places)
+    yield "zero", zero
+
+
+def _has_codes(codes: Entry, blocks: np.ndarray) -> np.ndarray:
+    """Whether these blocks of 16 4-bit codes, 8 bytes each, hold one that is not ±0."""
+    octets = codes.read().data.reshape(-1).view(np.uint8).reshape(-1, 8)
+    return (octets[blocks] & 0x77).any(-1)
+
+
+def _of_values(entry: Entry, shape: tuple[int, ...], kind: str, count: int, at: int) -> Finding:
+    first = tuple(int(i) for i in np.unravel_index(at, shape)) if entry.shape else ()
+    where = f", first at {list(first)}" if first else ""
+    text = f"{entry.name!r}: {count:,} of {prod(shape):,} {_PHRASES[kind]}{where}, in {entry.file.name}"
+    return Finding(kind, text, entry.name, entry.file.name, count, first)
+
+
+def _chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """A tensor as flat arrays of CHUNK values of a NumPy type, each with its place.
+
+    Read, not mapped: pages of a map would count as the process's memory, and a file that is cut while it is
+    read would kill it.
+    """
+    dtype = np.dtype(kind or DTYPES[entry.dtype])
+    total = entry.nbytes // dtype.itemsize
+    try:
+        with entry.file.open("rb") as stream:
+            stream.seek(entry.offset)
+            for start in range(0, total, CHUNK):
+                values = np.fromfile(stream, dtype, min(CHUNK, total - start))
+                if len(values) < min(CHUNK, total - start):
+                    raise CheckpointError(
+                        f"{entry.file}: became shorter while tensor {entry.name!r} was read"
+                    )
+                yield start, values
+    except OSError as error:
+        raise CheckpointError(f"{entry.file}: cannot be read ({error.strerror})") from None
+
+
+# ---- tied copies --------------------------------------------------------------------------------
+
+
+def twin(name: str) -> str | None:
+    """The tensor that a tied copy of this name repeats; None for what is no copy."""
+    if is_skipped(name):
+        for prefix, own in (
+            ("lm_head.", "model.decoder.embed_tokens."),
+            ("model.encoder.language_model.", "model.decoder."),
+        ):
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+    return None
+
+
+def _is_comparable(copy: Entry, own: Entry) -> bool:
+    """Whether two tensors hold the same kind of thing: one may be packed, or stored apart."""
+    return copy.dtype == own.dtype or {copy.dtype, own.dtype} <= set(FLOATS)
+
+
+def _tied(copy: Entry, own: Entry) -> Finding | None:
+    """What is wrong with a tied copy: bytes that differ, or values, where it is of another type."""
+    place = f"in {copy.file.name}"
+    if copy.shape != own.shape:
+        text = f"{copy.name!r} is {copy.shape}, but repeats {own.name!r}, which is {own.shape}, {place}"
+        return Finding("tied", text, copy.name, copy.file.name)
+    count, at = 0, 0
+    for start, differs in _differences(copy, own):
+        if found := int(np.count_nonzero(differs)):
+            at = at if count else start + int(differs.argmax())
+            count += found
+    if not count:
+        return None
+    first = tuple(int(i) for i in np.unravel_index(at, copy.shape)) if copy.shape else ()
+    text = (
+        f"{copy.name!r}: {count:,} of {prod(copy.shape):,} differ from {own.name!r}, which it repeats, "
+        f"first at {list(first)}, {place}"
+    )
+    return Finding("tied", text, copy.name, copy.file.name, count, first)
+
+
+def _differences(copy: Entry, own: Entry) -> Iterator[tuple[int, np.ndarray]]:
+    if copy.dtype == own.dtype:
+        word = f"<u{np.dtype(DTYPES[own.dtype]).itemsize}"  # bits: a NaN equals itself
+        for (start, x), (_, y) in zip(_chunks(copy, word), _chunks(own, word), strict=True):
+            yield start, x != y
+        return
+    for (start, x), (_, y) in zip(_chunks(copy), _chunks(own), strict=True):
+        yield start, _values(copy, x) != _values(own, y)
+
+
+def _values(entry: Entry, data: np.ndarray) -> np.ndarray:
+    return Stored(entry.name, entry.dtype, data.shape, data, entry.file).to_float32()
+
+
+# ---- a checkpoint's report ----------------------------------------------------------------------
+
+
+def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Everything that is wrong with a checkpoint's folder, as `findings`, and what it holds; for JSON.
+
+    What keeps the checkpoint from being opened is a finding too. The values are looked at even then, but by
+    their types alone, as nothing says what the tensors are for: `complete` is false.
+    `progress(done, total)` counts stored bytes. CheckpointError if a file goes away meanwhile.
+    """
+    checkpoint, findings = _opened(folder)
+    if checkpoint:
+        entries = list(checkpoint.entries.values())
+        findings += _table_findings(checkpoint)
+    else:
+        entries, broken = _readable(folder)
+        # What keeps a file from being read is what kept the checkpoint from being opened.
+        said = tuple(f"{folder / file}: " for finding in broken if (file := finding.file))
+        findings = broken + [finding for finding in findings if not finding.text.startswith(said)]
+    entries.sort(key=lambda entry: (entry.file, entry.offset))
+    ties = _ties(entries)
+    findings += _value_findings(entries, _roles(checkpoint) if checkpoint else {}, ties, progress)
+    return {
+        "ok": not findings,
+        "complete": checkpoint is not None,
+        "format": checkpoint.layout.name if checkpoint else None,
+        "files": len({entry.file for entry in entries}),
+        "tensors": len(entries),
+        "bytes": sum(entry.nbytes for entry in entries),
+        "by_class": by_class(checkpoint) if checkpoint else {},
+        "tied_copies": len(ties),
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _opened(folder: Path) -> tuple[Checkpoint | None, list[Finding]]:
+    try:
+        return Checkpoint.open(folder, check=False), []
+    except DgemmaError as error:
+        return None, [Finding("checkpoint", " ".join(str(error).split()))]
+
+
+def _readable(folder: Path) -> tuple[list[Entry], list[Finding]]:
+    """The tensors of every file that can be read, and what is wrong with the other files."""
+    entries: list[Entry] = []
+    findings = []
+    try:
+        files = shards(folder)
+    except CheckpointError:  # an index that says nothing, which is a finding already
+        files = []
+    for file in files:
+        try:
+            if not file.exists():
+                raise CheckpointError(f"{file}: missing shard that {INDEX} names; download it again")
+            entries += read_header(file)
+        except CheckpointError as error:
+            findings.append(Finding("file", " ".join(str(error).split()), file=file.name))
+    return entries, findings
+
+
+def _table_findings(checkpoint: Checkpoint) -> list[Finding]:
+    contradictions = [Finding("quantization", text) for text in checkpoint.contradictions()]
+    return contradictions + [
+        Finding(
+            fault.kind,
+            f"{fault.kind}: {fault.text}",
+            fault.name,
+            fault.file.name if fault.file else None,
+        )
+        for fault in checkpoint.faults()
+    ]
+
+
+Role = tuple[Piece, Form | None, Entry | None]  # the tensor, its form, the codes that a scale belongs to
+
+
+def _roles(checkpoint: Checkpoint) -> dict[str, Role]:
+    """What every tensor is for, by name; without those that are not of the type and shape for it."""
+    wrong = {fault.name for fault in checkpoint.faults()}
+    roles: dict[str, Role] = {}
+    for source in checkpoint.sources.values():
+        codes = None
+        for piece in source.pieces:  # in every layout codes come before their scales
+            if piece.role == "codes" and source.form and source.form.fits(source.param.shape[-1]):
+                codes = None if piece.name in wrong else checkpoint.entries[piece.name]
+            if piece.name not in wrong:
+                roles[piece.name] = (piece, source.form, codes)
+    return roles
+
+
+def _ties(entries: list[Entry]) -> dict[str, Entry]:
+    """Tied copies by name, each with the tensor that it repeats, where both can be held together."""
+    known = {entry.name: entry for entry in entries}
+    pairs = ((entry, known.get(twin(entry.name) or "")) for entry in entries)
+    return {entry.name: own for entry, own in pairs if own and _is_comparable(entry, own)}
+
+
+def _value_findings(
+    entries: list[Entry], roles: Mapping[str, Role], ties: Mapping[str, Entry], progress: Progress | None
+) -> list[Finding]:
+    findings: list[Finding] = []
+    total, done = sum(entry.nbytes for entry in entries), 0
+    for entry in entries:
+        subject = _subject(entry, *roles.get(entry.name, (None, None, None)))
+        if subject:
+            findings += _scan(subject)
+        if entry.name in ties and (finding := _tied(entry, ties[entry.name])):
+            findings.append(finding)
+        done += entry.nbytes
+        if progress:
+            progress(done, total)
+    return findings
+
+
+def scale_findings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The findings in scales, biases and factors alone: a ninth of a quantized checkpoint, or less."""
+    for name, (piece, form, codes) in _roles(checkpoint).items():
+        if piece.role in ("scales", "biases", "factor"):
+            subject = _subject(checkpoint.entries[name], piece, form, codes)
+            yield from _scan(subject) if subject else ()
+
+
+def by_class(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Parameters, stored bytes and forms (as `parse_form` names them, or a type) of each class."""
+    found: dict[str, dict[str, Any]] = {}
+    for source in checkpoint.sources.values():
+        entries = [checkpoint.entries[p.name] for p in source.pieces if p.name in checkpoint.entries]
+        if entries:
+            own = found.setdefault(source.param.group, {"parameters": 0, "bytes": 0, "forms": []})
+            own["parameters"] += source.param.size
+            own["bytes"] += sum(entry.nbytes for entry in entries)
+            form = str(source.form or entries[0].dtype.lower())
+            if form not in own["forms"]:
+                own["forms"].append(form)
+    return {group: found[group] for group in GROUPS if group in found}
+
+
+# ---- as text ------------------------------------------------------------------------------------
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report of `inspect`, with its "model" and what it was held "against", to read."""
+    parts = [_contents_text(report)]
+    if found := report.get("against"):
+        parts.append(against.text(found))
+    parts.append(_findings_text(report))
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _contents_text(report: dict[str, Any]) -> list[str]:
+    head = [report["model"], f"  format   {report['format'] or 'unknown'}"]
+    tensors = f"{report['tensors']:,} in {_number(report['files'], 'file')}, {info.amount(report['bytes'])}"
+    head.append(f"  tensors  {tensors}")
+    if report["tied_copies"]:
+        head.append(f"  copies   {report['tied_copies']:,} of tied tensors, held against them")
+    if not report["by_class"]:
+        return head
+    rows = [["parameters", "", "on disk", "as"]]
+    for group, own in report["by_class"].items():
+        row = [
+            f"  {group}",
+            info.count(own["parameters"]),
+            info.amount(own["bytes"]),
+            ", ".join(own["forms"]),
+        ]
+        rows.append(row)
+    return [*head, "", *info.table(rows)]
+
+
+def _findings_text(report: dict[str, Any]) -> list[str]:
+    lines = []
+    if not report["complete"]:
+        lines.append("The checkpoint does not open, so values were checked by their types alone.")
+    found = report["findings"]
+    if not found:
+        return ["nothing wrong: names, types, shapes, values and tied copies are as they should be"]
+    return [*lines, _number(len(found), "finding"), *(f"  {finding['text']}" for finding in found)]
+
+
+def _number(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
