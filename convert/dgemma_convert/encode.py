@@ -43,14 +43,18 @@ def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Field
     if job.kept:
         assert isinstance(part, Quantized)
         return _kept(part, job)
-    x = values(part)
-    if not np.isfinite(x).all():
+    if job.form is None and isinstance(part, Stored) and part.dtype == "BF16":
+        x, finite = part.data, ((part.data & 0x7F80) != 0x7F80).all()
+    else:
+        x = values(part)
+        finite = np.isfinite(x).all()
+    if not finite:
         name, file = _origin(stored)
         raise CheckpointError(
             f"{file}: tensor {name!r} has values that are not finite; `dgemma verify` says where"
         )
     if job.form is None:
-        return {"value": bf16_bits(x)}
+        return {"value": x if x.dtype == np.uint16 else bf16_bits(x)}
     record = quantize(x, job.form) if job.factored or job.form.mode == "affine" else blocks(x, job.form, None)
     made: dict[str, Any] = {"codes": record.codes}
     for role in ("scales", "biases"):

@@ -38,26 +38,27 @@ E8M0 = _e8m0_table()
 
 
 def encode_e2m1(x: np.ndarray) -> np.ndarray:
-    """Nearest E2M1 codes of float32 `x`, ties to the even code, beyond ±6 saturated; uint8 below 16."""
-    y = np.minimum(np.abs(x), np.float32(E2M1_MAX))
-    # The grid's step is 0.5 below 2, 1 below 4 and 2 above; rint rounds halves to even, and so to the
-    # even code.
-    code = np.rint(2 * y)
-    code = np.where(y >= 2, np.rint(y) + 2, code)
-    code = np.where(y >= 4, np.rint(y / 2) + 4, code)
-    return code.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 3
+    """Nearest E2M1 codes of finite float32 `x`, ties to even, beyond ±6 saturated; uint8 below 16."""
+    return _encode(x, mantissa=1, bias=1, most=E2M1_MAX)
 
 
 def encode_e4m3(x: np.ndarray) -> np.ndarray:
     """Nearest E4M3 codes of finite float32 `x`, ties to even, beyond ±448 saturated; uint8."""
+    return _encode(x, mantissa=3, bias=7, most=E4M3_MAX)
+
+
+def _encode(x: np.ndarray, mantissa: int, bias: int, most: float) -> np.ndarray:
+    """Sign, exponent and so many bits of mantissa, the lowest exponent being that of subnormals."""
     x = np.ascontiguousarray(x, np.float32)
-    y = np.minimum(np.abs(x), np.float32(E4M3_MAX))
-    bits = y.view(np.uint32)
-    # Twenty of the 23 bits of mantissa are rounded away; a carry moves on to the exponent by itself.
-    rounded = (bits + 0x7FFFF + (bits >> 20 & 1)) >> 20
-    normal = rounded.astype(np.int64) - (127 - 7 << 3)
-    code = np.where(y < 2.0**-6, np.rint(y * 2.0**9), normal)
-    return code.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7
+    y = np.minimum(np.abs(x), np.float32(most))
+    bits, dropped = y.view(np.uint32), 23 - mantissa
+    # The rest of float32's mantissa is rounded away; a carry moves on to the exponent by itself.
+    rounded = (bits + ((1 << dropped - 1) - 1) + (bits >> dropped & 1)) >> dropped
+    normal = rounded.view(np.int32) - (127 - bias << mantissa)
+    subnormal = np.rint(y * np.float32(2.0 ** (mantissa + bias - 1)))
+    code = np.where(y < np.float32(2.0 ** (1 - bias)), subnormal.astype(np.int32), normal).astype(np.uint8)
+    sign = (x.view(np.uint32) >> 31).astype(np.uint8)
+    return code | sign << (3 if most == E2M1_MAX else 7)
 
 
 def encode_e8m0(x: np.ndarray, up: bool) -> np.ndarray:

@@ -135,10 +135,11 @@ def quantize(x: np.ndarray, form: Form) -> Quantized:
     """
     assert form.fits(x.shape[-1]), (x.shape, form)
     if form.mode == "affine":
-        return _affine(x, form)
+        return Quantized(form, *_in_blocks(lambda rows: _affine(rows, form), x))
     if form.mode == "fp8":
         factor = _positive(np.abs(x).max(-1) / np.float32(nvfp4.E4M3_MAX))
-        return Quantized(form, nvfp4.encode_e4m3(x / factor[..., None]), factor=factor)
+        (codes,) = _in_blocks(lambda rows, f: (nvfp4.encode_e4m3(rows / f[:, None]),), x, factor)
+        return Quantized(form, codes, factor=factor)
     if form.mode != "nvfp4":
         return blocks(x, form, None)
     peak = np.abs(x).max((-2, -1))[..., None]
@@ -147,9 +148,28 @@ def quantize(x: np.ndarray, form: Form) -> Quantized:
 
 def blocks(x: np.ndarray, form: Form, factor: np.ndarray | None) -> Quantized:
     """Codes and block scales of x [..., O, I] for a given factor [..., 1 or O]."""
-    groups = x.reshape(*x.shape[:-1], -1, form.group)
-    if factor is not None:
-        groups = groups / factor[..., None, None]
+    if factor is None:
+        return Quantized(form, *_in_blocks(lambda rows: _blocks(rows, form), x))
+    rows = np.broadcast_to(factor, x.shape[:-1])
+    codes, scales = _in_blocks(lambda part, f: _blocks(part / f[:, None], form), x, rows)
+    return Quantized(form, codes, scales, factor=factor)
+
+
+CACHED = 1 << 17  # weights encoded at a time: their temporaries stay in a core's cache, which halves the time
+
+
+def _in_blocks(encode: Callable[..., tuple[np.ndarray, ...]], x: np.ndarray, *more: np.ndarray) -> Any:
+    """`encode` over blocks of rows of x [..., O, I], and of what `more` [..., O] there is for a row."""
+    lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
+    others = [y.reshape(-1) for y in more]
+    step = max(1, CACHED // x.shape[-1])
+    starts = range(0, len(rows), step)
+    parts = [encode(rows[a : a + step], *(y[a : a + step] for y in others)) for a in starts]
+    return tuple(np.concatenate(field).reshape(*lead, -1) for field in zip(*parts, strict=True))
+
+
+def _blocks(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    groups = x.reshape(len(x), -1, form.group)
     peak = np.abs(groups).max(-1)
     if form.mode == "nvfp4":
         scales = nvfp4.encode_e4m3(peak / np.float32(nvfp4.E2M1_MAX))
@@ -161,17 +181,17 @@ def blocks(x: np.ndarray, form: Form, factor: np.ndarray | None) -> Quantized:
         scales = nvfp4.encode_e8m0(peak / np.float32(nvfp4.E4M3_MAX if wide else nvfp4.E2M1_MAX), up=wide)
         encode, table = (nvfp4.encode_e4m3 if wide else nvfp4.encode_e2m1), nvfp4.E8M0
     codes = encode(groups / table[scales][..., None]).reshape(x.shape)
-    return Quantized(form, nvfp4.pack(codes, form.bits), scales, factor=factor)
+    return nvfp4.pack(codes, form.bits), scales
 
 
-def _affine(x: np.ndarray, form: Form) -> Quantized:
+def _affine(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """MLX's affine scheme: code · scale + bias, where the edge of larger magnitude is met exactly.
 
     The bias is that edge, the scale runs towards the other one, and zero is nearly a code: weights lie
     around it.
     """
     steps = np.float32(2**form.bits - 1)
-    groups = x.reshape(*x.shape[:-1], -1, form.group)
+    groups = x.reshape(len(x), -1, form.group)
     low, high = groups.min(-1), groups.max(-1)
     below = np.abs(low) > np.abs(high)
     edge = np.where(below, low, high)
@@ -180,7 +200,7 @@ def _affine(x: np.ndarray, form: Form) -> Quantized:
     scale = to_bf16(np.where(zero == 0, scale, edge / np.where(zero == 0, 1, zero)))
     bias = to_bf16(np.where(zero == 0, 0, edge).astype(np.float32))
     codes = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, steps)
-    return Quantized(form, nvfp4.pack(codes.astype(np.uint8).reshape(x.shape), form.bits), scale, bias)
+    return nvfp4.pack(codes.astype(np.uint8).reshape(x.shape), form.bits), scale, bias
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
