@@ -22,7 +22,7 @@ def help_text(command: str) -> str:
 
 
 def test_there_is_help_to_check() -> None:
-    assert [command for command, _ in HELP] == ["generate --help"]
+    assert [command for command, _ in HELP] == ["generate --help", "convert --help", "verify --help"]
 
 
 @pytest.mark.parametrize("command, text", HELP, ids=[command for command, _ in HELP])

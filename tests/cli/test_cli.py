@@ -55,7 +55,10 @@ def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 # ---- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["info", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "info", "verify", "convert"))],
+)
 def test_help_imports_no_framework(args: Sequence[str]) -> None:
     program = f"""
 import sys
