@@ -571,7 +571,7 @@ def _against(
     "settings",
     multiple=True,
     metavar="CLASS=FORMAT",
-    help="Override a class (embed, attention, mlp, experts, router, self_conditioning, vision) or one module. "
+    help="Override a class (embed, attention, mlp, experts, router, self_conditioning, vision) or a module. "
     "Formats: bf16, nvfp4, mxfp4, mxfp8, and 2bit to 8bit, 8bit-g32 for groups of 32. Repeatable.",
 )
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be written, and write nothing.")
