@@ -25,9 +25,13 @@ from dgemma.layouts import Layout, Piece, Place, Source
 from dgemma.quantized import Form
 from dgemma.spec import Param, parameters
 
+from .bf16 import Bf16Target
+from .mlx import MlxTarget
+from .nvfp4 import Nvfp4Target
 from .recipe import CLASSES, recipe
-from .target import Target, targets
+from .target import Target
 
+TARGETS: dict[str, Target] = {target.name: target for target in (MlxTarget(), Nvfp4Target(), Bf16Target())}
 SHARD_BYTES = 5_000_000_000
 _ANNOUNCEMENTS = ("quantization", "quantization_config", "dgemma")
 
@@ -123,7 +127,9 @@ def make_plan(
         geometry = read_config(raw, str(folder / "config.json"))
         sources = [Layout().source(param) for param in parameters(geometry)]
         stored = {source.param.name: 2 * source.param.size for source in sources}
-    target = _target(to)
+    if to not in TARGETS:
+        raise ConfigError(f"unknown target {to!r}; known: {', '.join(TARGETS)}")
+    target = TARGETS[to]
     params = [source.param for source in sources]
     chosen = recipe(target.presets[preset], settings, params, target.stores)
     forms = {param.name: chosen.form(param) for param in params}
@@ -143,13 +149,6 @@ def make_plan(
     }
     plan = Plan(target, geometry, tuple(jobs), stored, config | {"dgemma": made}, target.files(params, forms))
     return plan, checkpoint
-
-
-def _target(to: str) -> Target:
-    known = targets()
-    if to not in known:
-        raise ConfigError(f"unknown target {to!r}; known: {', '.join(known)}")
-    return known[to]
 
 
 def _jobs(

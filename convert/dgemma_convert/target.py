@@ -41,12 +41,3 @@ class Target:
     def factored(self, form: Form | None) -> bool:
         """Whether a parameter that is quantized anew gets a factor."""
         return False
-
-
-def targets() -> dict[str, Target]:
-    """The formats by name."""
-    from .bf16 import Bf16Target
-    from .mlx import MlxTarget
-    from .nvfp4 import Nvfp4Target
-
-    return {target.name: target for target in (MlxTarget(), Nvfp4Target(), Bf16Target())}
