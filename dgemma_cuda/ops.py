@@ -7,15 +7,21 @@ differentiable, so that the same graph also trains.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dgemma.cache import Cache
+from dgemma.config import Config
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Ops, Stored
 from dgemma.quantized import Quantized
+
+from .cache import BucketCache
+from .graphs import Graphed
 
 
 class CudaOps(Ops):
@@ -136,6 +142,15 @@ class CudaOps(Ops):
             return False
         whole = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
         return whole and (not weight.is_cuda or weight.dtype == torch.bfloat16)
+
+    # ---- what a backend may do differently ------------------------------------------------------
+
+    def cache(self, config: Config) -> Cache:
+        return BucketCache(self, config) if self.device.type == "cuda" else Cache(self, config)
+
+    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
+        """Steps are recorded as CUDA graphs; all else runs as it is."""
+        return Graphed(fn) if repeats and self.device.type == "cuda" else fn
 
     # ---- composites with something better than the definition -----------------------------------
 

@@ -166,7 +166,7 @@ class MlxOps(Ops):
     def peak_memory(self) -> int:
         return mx.get_peak_memory() if self.on_gpu else super().peak_memory()
 
-    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """On the CPU `fn` itself: there each fused kernel is a run of g++, 31 s in all for 5 % of speed."""
         return mx.compile(fn) if self.on_gpu else fn
 

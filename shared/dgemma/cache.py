@@ -28,6 +28,11 @@ class Cache:
         self.slack = config.canvas_length
         self._layers: list[KV] = []
 
+    @property
+    def slots(self) -> int:
+        """Slots that a full layer's `read` has."""
+        return self.length
+
     def append(self, new: Sequence[KV]) -> None:
         """Add each layer's keys and values [B, G, n, C] behind those that are there."""
         self.length += new[0][0].shape[2]

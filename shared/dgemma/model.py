@@ -45,7 +45,7 @@ class Context:
     @property
     def ragged(self) -> bool:
         """Whether some row has padding at its front."""
-        return bool((self.lengths < self.cache.length).any())
+        return bool((self.lengths < self.cache.slots).any())
 
     def fork(self, rows: Sequence[int] | np.ndarray) -> Context:
         """These rows, in this order, each as often as named; independent of this context."""
@@ -168,7 +168,7 @@ class Model:
         return Context(cache, lengths)
 
     def _encode(self, tokens: np.ndarray, offset: np.ndarray, cache: Cache) -> list[graph.KV]:
-        ragged = bool((offset < cache.length).any())
+        ragged = bool((offset < cache.slots).any())
         past = cache.read()
 
         def run(tokens: Array, offset: Array, past: list[graph.KV]) -> list[graph.KV]:
@@ -183,7 +183,7 @@ class Model:
 
     def _variant(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
         if key not in self._compiled:
-            self._compiled[key] = self.ops.compile(function)
+            self._compiled[key] = self.ops.compile(function, repeats=key[0] == "refine")
         return self._compiled[key]
 
     # ---- canvases -------------------------------------------------------------------------------

@@ -203,8 +203,11 @@ class Ops:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A pure function of arrays, traced and compiled where the backend can."""
+    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
+        """A pure function of arrays, traced and compiled where the backend can.
+
+        `repeats`: it is called many times with the same shapes, and worth recording for each.
+        """
         return fn
 
     def settle(self, arrays: Any) -> None:
@@ -242,6 +245,13 @@ class Ops:
             parts.append((part & (2**bits - 1))[..., None])
         return self.concat(parts, -1).reshape(*octets.shape[:-2], -1)
 
+    def table(self, values: np.ndarray) -> Array:
+        """A constant of the formats, wide; placed once, as a recorded step must not copy from the host."""
+        placed: dict[int, Array] = self.__dict__.setdefault("_tables", {})
+        if id(values) not in placed:
+            placed[id(values)] = self.aswide(values)
+        return placed[id(values)]
+
     def dequantize(self, w: Quantized) -> Array:
         """The matrix or stack of a record, wide: code · scale (+ bias), times or by the factor.
 
@@ -249,10 +259,10 @@ class Ops:
         """
         code_table, scale_table = TABLES[w.form.mode]
         y = self.unpack(w.codes, w.form.bits)
-        y = self.wide(y) if code_table is None else self.take(self.aswide(code_table), y)
+        y = self.wide(y) if code_table is None else self.take(self.table(code_table), y)
         if w.scales is not None:
             s = w.scales
-            s = self.wide(s) if scale_table is None else self.take(self.aswide(scale_table), self.integer(s))
+            s = self.wide(s) if scale_table is None else self.take(self.table(scale_table), self.integer(s))
             grouped = y.reshape(*s.shape, w.form.group) * s[..., None]
             if w.biases is not None:
                 grouped = grouped + self.wide(w.biases)[..., None]
