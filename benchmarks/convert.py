@@ -25,9 +25,9 @@ from rich.table import Table
 
 from dgemma.config import read_config
 from dgemma.quantized import bf16_bits
+from dgemma.released import RELEASED_DIR
 from dgemma.spec import Param, parameters
 
-CONFIG = Path(__file__).parents[1] / "tests" / "data" / "config.json"
 SHARD_BYTES = 2_000_000_000
 TARGETS = ("mlx", "nvfp4", "bf16")
 CHILD = """
@@ -43,7 +43,7 @@ print(plan.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 def geometry(layers: int) -> dict[str, Any]:
     """The released config with its last layers: full attention comes every sixth, so it is the last."""
-    config = json.loads(CONFIG.read_text())
+    config = json.loads((RELEASED_DIR / "config.json").read_text())
     text = config["text_config"]
     text["layer_types"] = text["layer_types"][-layers:]
     text["num_hidden_layers"] = layers

@@ -145,12 +145,21 @@ class CudaOps(Ops):
 
     # ---- what a backend may do differently ------------------------------------------------------
 
+    def free_memory(self) -> int | None:
+        if self.device.type != "cuda":
+            return super().free_memory()
+        return torch.cuda.mem_get_info(self.device)[0]
+
     def cache(self, config: Config) -> Cache:
         return BucketCache(self, config) if self.device.type == "cuda" else Cache(self, config)
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """Steps are recorded as CUDA graphs; all else runs as it is."""
         return Graphed(fn) if repeats and self.device.type == "cuda" else fn
+
+    def prepare(self, record: Quantized) -> Quantized:
+        """A record on the device in the form that its kernels read."""
+        return record
 
     # ---- composites with something better than the definition -----------------------------------
 

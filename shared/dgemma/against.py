@@ -9,7 +9,6 @@ come from the backends that will run the model, with one of the two loaded at a 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from math import isfinite, prod, sqrt
 from pathlib import Path
@@ -251,7 +250,7 @@ def _too_large(checkpoint: Checkpoint, ops: Ops) -> str | None:
     size = sum(param.size for param in text_parameters(checkpoint.config))
     if ops.name == "numpy" and size > NUMPY_LIMIT:
         return f"{info.count(size)} parameters are too many for the numpy backend"
-    needed, free = memory_needed(checkpoint, ops), _free_memory(ops)
+    needed, free = memory_needed(checkpoint, ops), ops.free_memory()
     if free is not None and needed > free:
         return f"{checkpoint.folder} needs {info.amount(needed)} to run, and {info.amount(free)} are free"
     return None
@@ -271,18 +270,6 @@ def _format(ops: Ops) -> info.Format:
     if ops.name == "numpy":
         return f64
     return bf16 if "bfloat16" in str(getattr(ops, "dtype", "")) else f32
-
-
-def _free_memory(ops: Ops) -> int | None:
-    """Bytes that a process may still take, None where only the framework would know: on a GPU of its own."""
-    if getattr(getattr(ops, "device", None), "type", "cpu") != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(available.split()[1])
-    except (OSError, StopIteration):  # not Linux: all of the memory but what the system is left
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
 
 # ---- as text ------------------------------------------------------------------------------------

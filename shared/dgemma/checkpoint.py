@@ -487,7 +487,7 @@ class Checkpoint:
                 progress(done, total)
             return array
 
-        return build(self.config, table, leaf, _constants(self.config, ops))
+        return build(self.config, table, leaf, constants(self.config, ops))
 
     def _leaf(self, ops: Ops, param: Param) -> Any:
         stored = self.read(param.name)
@@ -503,7 +503,7 @@ class Checkpoint:
         return entry.file.name, entry.offset
 
 
-def _constants(config: Config, ops: Ops) -> dict[str, Any]:
+def constants(config: Config, ops: Ops) -> dict[str, Any]:
     """The fields of Weights that no tensor holds."""
     layers = {layer.kind: layer for layer in config.layers}
     return {

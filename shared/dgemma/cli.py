@@ -615,3 +615,64 @@ def convert(
     click.echo(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}", err=True)
     if as_json:
         click.echo(json.dumps(facts | {"dest": str(dest)}))
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+@main.command(context_settings=_HELP, short_help="Time a denoising step at full size, without a download.")
+@click.option("--backend", type=click.Choice(["cuda"]), default="cuda", show_default=True)
+@click.option(
+    "--geometry",
+    default="released",
+    show_default=True,
+    metavar="NAME|FOLDER",
+    help="released, tiny, or a folder with a config.json.",
+)
+@click.option(
+    "--format", "form", type=click.Choice(["nvfp4", "fp8", "bf16"]), default="nvfp4", show_default=True
+)
+@click.option("--random-weights", is_flag=True, required=True, help="Make the weights on the device.")
+@click.option(
+    "--context", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a prompt."
+)
+@click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Canvases at once.")
+@click.option(
+    "--skew", type=_Number(0), default=0.0, show_default=True, help="How unevenly experts are picked."
+)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps to time.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Type of activations.")
+@click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    backend: str,
+    geometry: str,
+    form: str,
+    random_weights: bool,
+    context: int,
+    rows: int,
+    skew: float,
+    steps: int,
+    dtype: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Time a denoising step with random weights, part by part, against what the device allows.
+
+    Nothing is downloaded. A part's floor follows from its bytes and products and the device's measured copy
+    bandwidth and matrix throughput.
+    """
+    from .config import load_json, read_config
+    from .loading import make_ops
+    from .released import RELEASED_DIR
+    from .tiny import MODEL_DIR
+
+    named = {"released": RELEASED_DIR, "tiny": MODEL_DIR}
+    path = named.get(geometry, Path(geometry)) / "config.json"
+    config = read_config(load_json(path), str(path))
+    ops: Any = make_ops(backend, dtype, device)
+    from dgemma_cuda import bench as library
+
+    with _console().status("starting") as status:
+        report = library.run(ops, config, form, context, rows, skew, steps, status.update)
+    click.echo(json.dumps(report) if as_json else library.text(report))

@@ -13,6 +13,7 @@ backends, float64 on NumPy. "Compute" is the type of weights and activations.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -202,6 +203,15 @@ class Ops:
         """Most bytes in use since the process began: of the device, or of the process on a CPU."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+    def free_memory(self) -> int | None:
+        """Bytes that weights may still take: of the device, or of the machine; None if nothing says."""
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            available = next(line for line in lines if line.startswith("MemAvailable:"))
+            return 1024 * int(available.split()[1])
+        except (OSError, StopIteration):  # not Linux: all of the memory but what the system is left
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """A pure function of arrays, traced and compiled where the backend can.

@@ -16,6 +16,7 @@ from dgemma.checkpoint import HUB_FILES, INDEX, Checkpoint, read_header, resolve
 from dgemma.config import read_config, read_generation_config
 from dgemma.errors import CheckpointError, ConfigError, DgemmaError
 from dgemma.numpy_ops import NumpyOps
+from dgemma.released import RELEASED_DIR
 from dgemma.spec import parameters
 from dgemma.weights import rope_frequencies
 from tests.checkpoints import (
@@ -435,7 +436,6 @@ def test_quantization_that_is_not_announced(tmp_path: Path, name: str, dtype: st
 
 # ---- config.json --------------------------------------------------------------------------------
 
-DATA = Path(__file__).parent.parent / "data"
 TEXT_KEYS = [
     "attention_bias",
     "final_logit_softcapping",
@@ -476,7 +476,9 @@ def test_missing_config_keys(path: tuple[str, ...]) -> None:
 
 def test_numbers_that_a_generation_config_leaves_out() -> None:
     """transformers saves nulls, mlx-community puts the file into config.json: neither is an error."""
-    released = read_generation_config(json.loads((DATA / "generation_config.json").read_text()), 262144)
+    released = read_generation_config(
+        json.loads((RELEASED_DIR / "generation_config.json").read_text()), 262144
+    )
     nulls = dict.fromkeys([*SMALL_GENERATION, "sampler_config"])
     embedded = {"generation_config": {"eos_token_id": [1, 106, 50]}, "eos_token_id": 1}
     for data, config in (({"eos_token_id": [1, 106, 50]}, None), (None, embedded)):

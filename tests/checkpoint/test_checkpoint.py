@@ -16,15 +16,14 @@ from dgemma.checkpoint import Checkpoint, Entry
 from dgemma.config import read_config, read_generation_config
 from dgemma.numpy_ops import NumpyOps
 from dgemma.ops import Ops, Stored
+from dgemma.released import RELEASED_DIR
 from dgemma.spec import Param, is_skipped, parameters, text_parameters
 from dgemma.weights import Weights
 from tests.checkpoints import SMALL, SMALL_VISION, Tensor, encode, make_checkpoint, small, tame
 
-DATA = Path(__file__).parent.parent / "data"
-
 
 def released() -> dict[str, Any]:
-    return json.loads((DATA / "config.json").read_text())
+    return json.loads((RELEASED_DIR / "config.json").read_text())
 
 
 def cuda_ops() -> Ops:
@@ -99,7 +98,7 @@ def test_no_name_of_the_table_is_skipped(name: str) -> None:
 
 
 def test_the_released_generation_config() -> None:
-    config = read_generation_config(json.loads((DATA / "generation_config.json").read_text()), 262144)
+    config = read_generation_config(json.loads((RELEASED_DIR / "generation_config.json").read_text()), 262144)
     assert config.stop_ids == (1, 106, 50)
     assert (config.steps, config.t_max, config.t_min) == (48, 0.8, 0.4)
     assert (config.entropy_bound, config.stability, config.confidence) == (0.1, 1, 0.005)

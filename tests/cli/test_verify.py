@@ -729,12 +729,15 @@ def test_the_probe_is_fixed_and_fits(tmp_path: Path) -> None:
     assert a.prompt[0] == 2
 
 
-@pytest.mark.parametrize(("name", "value"), [("_free_memory", lambda ops: 1000), ("NUMPY_LIMIT", 10)])
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [(NumpyOps, "free_memory", lambda ops: 1000), (against, "NUMPY_LIMIT", 10)],
+)
 def test_logits_are_left_out_where_the_model_does_not_run(
-    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: Any, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_checkpoint(tmp_path)
-    monkeypatch.setattr(against, name, value)
+    monkeypatch.setattr(where, name, value)
     assert set(compared(folder, folder)["logits"]) == {"skipped"}
     text = run(folder, "--against", folder, "--backend", "numpy").stdout
     assert "logits not compared: " in text and "nothing wrong" in text
@@ -754,7 +757,7 @@ def test_memory_needed_covers_what_is_loaded(tmp_path: Path) -> None:
     checkpoint, ops = Checkpoint.open(folder), NumpyOps()
     held = sum(param.size * 8 for param in parameters(checkpoint.config))
     assert held < against.memory_needed(checkpoint, ops) < 3 * held
-    assert (against._free_memory(ops) or 0) > 1e6
+    assert (ops.free_memory() or 0) > 1e6
 
 
 def test_every_backend_compares_logits(tmp_path: Path) -> None:

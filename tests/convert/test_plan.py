@@ -8,11 +8,10 @@ import pytest
 
 from dgemma.errors import ConfigError
 from dgemma.quantized import MXFP4, NVFP4, Form
+from dgemma.released import RELEASED_DIR
 from dgemma.spec import Param
 from dgemma_convert.plan import Plan, make_plan, report, text
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small, write_json
-
-DATA = Path(__file__).parent.parent / "data"
 
 
 def plan(folder: Path, to: str, *settings: str, preset: str = "balanced") -> Plan:
@@ -35,7 +34,7 @@ def forms(plan: Plan) -> dict[str, Form | None]:
     ],
 )
 def test_the_released_figures(to: str, tensors: int, nbytes: int, shards: int) -> None:
-    made = plan(DATA, to)
+    made = plan(RELEASED_DIR, to)
     names = [output.name for job in made.jobs for output in job.outputs]
     assert (made.tensors, made.nbytes, len(made.shards())) == (tensors, nbytes, shards)
     assert len(set(names)) == tensors
@@ -43,7 +42,7 @@ def test_the_released_figures(to: str, tensors: int, nbytes: int, shards: int) -
 
 
 def test_modelopt_names_types_and_shapes() -> None:
-    outputs = {o.name: o for job in plan(DATA, "nvfp4").jobs for o in job.outputs}
+    outputs = {o.name: o for job in plan(RELEASED_DIR, "nvfp4").jobs for o in job.outputs}
     root = "model.decoder.layers.7.experts.31"
     found = {
         name: (outputs[f"{root}.{name}"].dtype, outputs[f"{root}.{name}"].shape)
@@ -64,7 +63,7 @@ def test_modelopt_names_types_and_shapes() -> None:
 
 
 def test_mlx_announcement_is_mlx_communitys() -> None:
-    made = plan(DATA, "mlx").config
+    made = plan(RELEASED_DIR, "mlx").config
     q = made["quantization"]
     assert {k: q[k] for k in ("group_size", "bits", "mode")} == {
         "group_size": 64,
@@ -82,11 +81,11 @@ def test_mlx_announcement_is_mlx_communitys() -> None:
     assert all(value == eight for value in q.values() if isinstance(value, dict))
     assert q["model.decoder.embed_tokens"] == eight
     assert made["quantization_config"] == q
-    assert made["generation_config"] == json.loads((DATA / "generation_config.json").read_text())
+    assert made["generation_config"] == json.loads((RELEASED_DIR / "generation_config.json").read_text())
 
 
 def test_modelopt_announcements_agree() -> None:
-    made = plan(DATA, "nvfp4")
+    made = plan(RELEASED_DIR, "nvfp4")
     own = made.config["quantization_config"]
     beside = made.files["hf_quant_config.json"]["quantization"]
     assert (own["quant_method"], own["quant_algo"], beside["quant_algo"]) == ("modelopt", "NVFP4", "NVFP4")
@@ -108,7 +107,7 @@ def group_forms(made: Plan, group: str) -> set[Form | None]:
 
 def test_settings_go_by_class_and_by_module() -> None:
     module = "model.decoder.layers.3.self_attn.q_proj"
-    made = plan(DATA, "mlx", "experts=nvfp4", "attention=mxfp4", "embed=bf16", f"{module}=8bit-g32")
+    made = plan(RELEASED_DIR, "mlx", "experts=nvfp4", "attention=mxfp4", "embed=bf16", f"{module}=8bit-g32")
     assert group_forms(made, "experts") == {NVFP4}
     assert group_forms(made, "embed") == {None}
     assert group_forms(made, "attention") == {MXFP4, Form("affine", 8, 32)}
@@ -144,19 +143,19 @@ def test_rows_that_do_not_divide(tmp_path: Path) -> None:
 )
 def test_settings_that_are_refused(to: str, setting: str, fault: str) -> None:
     with pytest.raises(ConfigError, match=fault) as caught:
-        plan(DATA, to, setting)
+        plan(RELEASED_DIR, to, setting)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("preset", ["quality", "balanced", "small"])
 @pytest.mark.parametrize("to", ["mlx", "nvfp4", "bf16"])
 def test_presets_keep_the_router_at_8_bit_or_more(to: str, preset: str) -> None:
-    made = plan(DATA, to, preset=preset)
+    made = plan(RELEASED_DIR, to, preset=preset)
     assert all(form is None or form.bits >= 8 for form in group_forms(made, "router"))
 
 
 def test_presets_are_ordered_by_size() -> None:
-    sizes = [plan(DATA, "mlx", preset=preset).nbytes for preset in ("quality", "balanced", "small")]
+    sizes = [plan(RELEASED_DIR, "mlx", preset=preset).nbytes for preset in ("quality", "balanced", "small")]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -164,7 +163,7 @@ def test_presets_are_ordered_by_size() -> None:
 
 
 def test_the_report_adds_up() -> None:
-    facts: dict[str, Any] = report(plan(DATA, "nvfp4"))
+    facts: dict[str, Any] = report(plan(RELEASED_DIR, "nvfp4"))
     assert sum(c["bytes_after"] for c in facts["classes"]) == facts["bytes_after"] == 18_818_050_776
     assert sum(c["bytes_before"] for c in facts["classes"]) == facts["bytes_before"] == 51_647_562_456
     # The vision tower is not loaded, and routers are held in float32.

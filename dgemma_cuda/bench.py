@@ -1,0 +1,310 @@
+"""Times a denoising step at a geometry, part by part, against what the device's memory and cores allow.
+
+The model has random weights made on the device. A part is timed by itself over all layers, so that weights
+come from memory as they do in a step; the whole step is timed as the engine runs it, one host read a step.
+The floor of a part is the larger of its bytes over the measured copy bandwidth and its products over the
+measured matrix throughput. On a CPU the same program runs, for its tests.
+
+    B rows  L canvas  S slots  N = B·L tokens  D hidden  V vocabulary  K picks
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgemma import graph
+from dgemma.config import Config, GenerationConfig, LayerConfig
+from dgemma.errors import BackendError
+from dgemma.info import FORMATS as FORMATS_IN_MEMORY
+from dgemma.info import amount, table, weight_bytes
+from dgemma.model import Context, Model
+from dgemma.quantized import Quantized
+from dgemma.spec import text_parameters
+from dgemma.weights import LayerWeights
+
+from .graphs import record_cuda
+from .ops import CudaOps
+from .synthetic import FORMATS, random_weights
+
+Progress = Callable[[str], None]
+TOKENS_A_FORWARD = (12, 16, 20)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step: median milliseconds, and the bytes and operations that it cannot do without."""
+
+    name: str
+    ms: float
+    nbytes: int
+    flops: int
+
+    def floor(self, ceilings: Mapping[str, float]) -> float:
+        """Milliseconds that the device's measured ceilings leave."""
+        return 1e3 * max(self.nbytes / ceilings["bytes_per_s"], self.flops / ceilings["flops_per_s"])
+
+
+# ---- the clock ----------------------------------------------------------------------------------
+
+
+def clock(ops: CudaOps, run: Callable[[], Any], repeats: int) -> float:
+    """Median milliseconds of `run`, recorded as a graph on a GPU so that launches do not count."""
+    if ops.device.type != "cuda":
+        return _median(_wall(run) for _ in range(repeats))
+    replay, _ = record_cuda(run)
+    replay()
+    return _median(_events(replay) for _ in range(repeats))
+
+
+def _median(times: Iterator[float]) -> float:
+    return statistics.median(times)
+
+
+def _wall(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _events(run: Callable[[], Any]) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last)
+
+
+def ceilings(ops: CudaOps) -> dict[str, float]:
+    """What the device reaches on a plain copy, in bytes/s read and written, and on one large product."""
+    wide = ops.device.type == "cuda"
+    x = torch.empty(1 << (30 if wide else 24), dtype=torch.uint8, device=ops.device)
+    y = torch.empty_like(x)
+    copy = clock(ops, lambda: y.copy_(x), 10)
+    n = 8192 if wide else 256
+    a, b = (torch.randn(n, n, device=ops.device, dtype=ops.dtype) for _ in range(2))
+    product = clock(ops, lambda: a @ b, 10)
+    return {"bytes_per_s": 2 * x.numel() / copy * 1e3, "flops_per_s": 2 * n**3 / product * 1e3}
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+def stored_bytes(weight: Any) -> int:
+    """Bytes of a weight, array or record."""
+    return weight.nbytes
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with random weights, an encoded context, and inputs of a step in its middle."""
+
+    ops: CudaOps
+    model: Model
+    context: Context
+    hidden: torch.Tensor  # [B, L, D]
+    canvas: np.ndarray  # [B, L]
+    soft: torch.Tensor  # [B, L, D]
+
+    @property
+    def tokens(self) -> int:
+        return self.canvas.size
+
+    def parts(self, repeats: int) -> Iterator[Part]:
+        yield self._experts(repeats)
+        yield self._attention(repeats)
+        yield self._linears("projections", repeats, [self._projections(w) for w in self.model.weights.layers])
+        yield self._linears("dense MLP", repeats, [[w.mlp.gate, w.mlp.up] for w in self.model.weights.layers])
+        yield self._vocabulary(repeats)
+
+    def _layers(self) -> Iterator[tuple[LayerConfig, LayerWeights]]:
+        yield from zip(self.model.config.layers, self.model.weights.layers, strict=True)
+
+    def _experts(self, repeats: int) -> Part:
+        """Router and experts of every layer."""
+        ops, config, h = self.ops, self.model.config, self.hidden.flatten(0, 1)
+        run = graph.Pass(ops, config, ops.asarray(self.context.lengths), {}, False, False)
+        layers = [w for _, w in self._layers()]
+        touched = [self._touched(w, h) for w in layers]
+        share = [len(ids) / config.num_experts for ids in touched]
+        size = sum(
+            part * (stored_bytes(w.experts.gate_up) + stored_bytes(w.experts.down))
+            for part, w in zip(share, layers, strict=True)
+        )
+        flops = 6 * len(layers) * self.tokens * config.top_k * config.hidden_size * config.expert_size
+        ms = clock(ops, lambda: [graph.moe(run, w, h) for w in layers], repeats)
+        return Part("experts", ms, int(size), flops)
+
+    def _touched(self, w: LayerWeights, h: torch.Tensor) -> torch.Tensor:
+        config, r = self.model.config, w.router
+        _, ids = self.ops.router(h, r.proj, r.scale, r.expert_scale, config.top_k, config.rms_eps)
+        return ids.unique()
+
+    def _attention(self, repeats: int) -> Part:
+        """The products of queries with keys and values of every layer, own canvas included."""
+        ops, config = self.ops, self.model.config
+        B, L = self.canvas.shape
+        calls, size, flops = [], 0, 0
+        for (layer, _), (k, v) in zip(self._layers(), self.context.cache.read(), strict=True):
+            shape = (B, config.heads, L, layer.head_dim)
+            q = torch.randn(shape, device=ops.device, dtype=ops.dtype) * layer.head_dim**-0.5
+            own = torch.zeros(B, layer.kv_heads, L, layer.head_dim, device=ops.device, dtype=ops.dtype)
+            keys, values = torch.cat([k, own], 2), torch.cat([v, own], 2)
+            calls.append((q, keys, values))
+            size += keys.nbytes + values.nbytes + 2 * q.nbytes
+            flops += 4 * B * config.heads * L * keys.shape[2] * layer.head_dim
+        ms = clock(ops, lambda: [ops.attention(*call, None, False, None) for call in calls], repeats)
+        return Part("attention", ms, size, flops)
+
+    def _projections(self, w: LayerWeights) -> list[Any]:
+        return [x for x in (w.attention.q, w.attention.k, w.attention.v) if x is not None]
+
+    def _linears(self, name: str, repeats: int, stages: Sequence[Sequence[Any]]) -> Part:
+        """Every layer's matrices from the hidden size, and the one back to it."""
+        ops, h = self.ops, self.hidden.flatten(0, 1)
+        back = [w.attention.o if name == "projections" else w.mlp.down for w in self.model.weights.layers]
+        wide = [torch.zeros(len(h), w.shape[-1], device=ops.device, dtype=ops.dtype) for w in back]
+        every = [w for stage in stages for w in stage] + back
+
+        def run() -> list[Any]:
+            out = [ops.linear(h, w) for stage in stages for w in stage]
+            return out + [ops.linear(x, w) for x, w in zip(wide, back, strict=True)]
+
+        flops = sum(2 * len(h) * w.shape[0] * w.shape[1] for w in every)
+        return Part(name, clock(ops, run, repeats), sum(stored_bytes(w) for w in every), flops)
+
+    def _vocabulary(self, repeats: int) -> Part:
+        ops, w, config = self.ops, self.model.weights, self.model.config
+        h = self.hidden.flatten(0, 1)
+        temperature, uniforms = ops.aswide(np.asarray(0.6)), torch.rand(len(h), device=ops.device)
+        ms = clock(ops, lambda: ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms), repeats)
+        plane = 2 * len(h) * config.vocab_size  # bfloat16 logits, once out and twice in
+        flops = 4 * len(h) * config.vocab_size * config.hidden_size
+        return Part("vocabulary", ms, 2 * stored_bytes(w.embed) + 3 * plane, flops)
+
+    def steps(self, count: int) -> list[float]:
+        """Milliseconds of each of `count` steps as the engine takes them, after three to warm up."""
+        rng, vocab, soft = np.random.default_rng(0), self.model.config.vocab_size, self.soft
+        times, canvas = [], self.canvas
+        for _ in range(count + 3):
+            uniforms, noise = rng.random(canvas.shape), rng.integers(0, vocab, canvas.shape)
+            began = time.perf_counter()
+            step = self.model.refine(self.context, canvas, soft, 0.6, uniforms, noise)
+            times.append(1e3 * (time.perf_counter() - began))
+            canvas, soft = step.canvas, step.soft
+        return times[3:]
+
+
+def check_room(ops: CudaOps, config: Config, form: str) -> None:
+    """BackendError with the numbers if weights and a tenth for all else are more than the device has free."""
+    stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
+    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == str(ops.dtype).rpartition(".")[2])
+    needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
+    if free is not None and needed > free:
+        raise BackendError(
+            f"{form} weights of this geometry need {amount(needed)}, and {amount(free)} are free on "
+            f"{ops.device}"
+        )
+
+
+def prepare(
+    ops: CudaOps, config: Config, form: str, context: int, rows: int, skew: float, seed: int = 0
+) -> Bench:
+    """Weights in a format, a random prompt of `context` tokens a row, and a step's inputs."""
+    weights = random_weights(ops, config, FORMATS[form], skew, seed)
+    settings = GenerationConfig(48, 0.8, 0.4, 0.1, 1, 0.005, 256, ())
+    model, rng = Model(ops, config, settings, weights, None), np.random.default_rng(seed)
+    encoded = model.encode(rng.integers(0, config.vocab_size, (rows, context)).tolist())
+    canvas = rng.integers(0, config.vocab_size, (rows, config.canvas_length))
+    shape = (*canvas.shape, config.hidden_size)
+    hidden = torch.randn(shape, device=ops.device, dtype=ops.dtype)
+    return Bench(ops, model, encoded, hidden, canvas, ops.embed(weights.embed, ops.asarray(canvas)))
+
+
+def run(
+    ops: CudaOps,
+    config: Config,
+    form: str = "nvfp4",
+    context: int = 1024,
+    rows: int = 1,
+    skew: float = 0.0,
+    steps: int = 20,
+    say: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """The whole report, ready for JSON. `say` is told what is under way."""
+    with torch.inference_mode():
+        check_room(ops, config, form)
+        say("making random weights")
+        bench = prepare(ops, config, form, context, rows, skew)
+        say("measuring the device")
+        limits = ceilings(ops)
+        say("timing the parts")
+        parts = list(bench.parts(max(3, steps // 2)))
+        say("timing the step")
+        times = bench.steps(steps)
+    ms = statistics.median(times)
+    floor = sum(part.floor(limits) for part in parts)
+    rest = ms - sum(part.ms for part in parts)
+    return {
+        "device": torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "format": form,
+        "dtype": str(ops.dtype).rpartition(".")[2],
+        "context": context,
+        "rows": rows,
+        "skew": skew,
+        "ceilings": limits,
+        "parts": [asdict(part) | {"floor_ms": part.floor(limits)} for part in parts],
+        "rest_ms": rest,
+        "step_ms": {"median": ms, "min": min(times), "max": max(times)},
+        "floor_ms": floor,
+        "ratio": ms / floor,
+        "tokens_per_s": {n: 1e3 * rows * n / ms for n in TOKENS_A_FORWARD},
+        "weight_bytes": sum(stored_bytes(w) for w in _leaves(bench.model.weights)),
+        "peak_memory": ops.peak_memory(),
+    }
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """The arrays and records of a weight tree."""
+    if isinstance(tree, torch.Tensor | Quantized):
+        yield tree
+    elif isinstance(tree, tuple):
+        for child in tree:
+            yield from _leaves(child)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for child in vars(tree).values():
+            yield from _leaves(child)
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The report of `run` to read."""
+    c, s = report["ceilings"], report["step_ms"]
+    head = (
+        f"{report['device']}, torch {report['torch']}; {report['format']} weights, {report['rows']} rows, "
+        f"context {report['context']:,}\n"
+        f"measured ceilings: copy {c['bytes_per_s'] / 1e9:,.0f} GB/s, products "
+        f"{c['flops_per_s'] / 1e12:,.2f} TFLOP/s"
+    )
+    rows = [["part", "ms", "floor ms", "ratio", "GB/s", "TFLOP/s"]]
+    for part in report["parts"]:
+        speed = part["nbytes"] / part["ms"] / 1e6, part["flops"] / part["ms"] / 1e9
+        cells = [part["ms"], part["floor_ms"], part["ms"] / part["floor_ms"], *speed]
+        rows.append([part["name"], *(f"{cell:,.2f}" for cell in cells)])
+    rows.append(["rest", f"{report['rest_ms']:,.2f}", "", "", "", ""])
+    whole = f"{s['median']:,.2f}", f"{report['floor_ms']:,.2f}", f"{report['ratio']:,.2f}"
+    rows.append(["step", *whole, "", ""])
+    rates = ", ".join(f"{rate:,.0f} at {n}" for n, rate in report["tokens_per_s"].items())
+    tail = [
+        f"step min–max {s['min']:,.2f}–{s['max']:,.2f} ms",
+        f"tokens/s by tokens a forward: {rates}",
+        f"memory: weights {amount(report['weight_bytes'])}, peak {amount(report['peak_memory'])}",
+    ]
+    return "\n".join([head, "", *table(rows), "", *tail])
