@@ -20,7 +20,7 @@ import dgemma
 from dgemma.checkpoint import DTYPES, Checkpoint
 from dgemma.config import Config, load_json, read_config
 from dgemma.errors import ConfigError
-from dgemma.info import FORMATS, amount, table, weight_bytes
+from dgemma.info import FORMATS, amount, memory, table
 from dgemma.layouts import Layout, Piece, Place, Source
 from dgemma.quantized import Form
 from dgemma.spec import Param, parameters
@@ -223,9 +223,7 @@ def report(plan: Plan) -> dict[str, Any]:
         "bytes_before": sum(plan.stored.values()),
         "bytes_after": plan.nbytes,
         "shards": len(plan.shards()),
-        "memory_to_load": {
-            f"{form.backends} {form.dtype}": weight_bytes(plan.geometry, form, forms) for form in FORMATS
-        },
+        "memory": [memory(plan.geometry, form, forms) for form in FORMATS],
     }
 
 
@@ -247,5 +245,9 @@ def text(facts: Mapping[str, Any]) -> str:
     ]
     rows.append(["all", "", amount(facts["bytes_before"]), amount(facts["bytes_after"])])
     files = f"{facts['tensors']:,} tensors, {facts['bytes_after']:,} bytes in {facts['shards']} files"
-    memory = [[f"memory of the weights, {name}", amount(n)] for name, n in facts["memory_to_load"].items()]
-    return "\n".join([*table(rows), "", files, "", *table(memory)])
+    contexts = list(facts["memory"][0]["total"])
+    needs = [["memory to run one row", "weights", *(f"at {tokens:,}" for tokens in contexts)]]
+    for m in facts["memory"]:
+        totals = (amount(m["total"][tokens]) for tokens in contexts)
+        needs.append([f"{m['backends']}, {m['dtype']}", amount(m["weights"]), *totals])
+    return "\n".join([*table(rows), "", files, "", *table(needs)])

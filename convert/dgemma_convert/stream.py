@@ -45,11 +45,11 @@ def convert(plan: Plan, checkpoint: Checkpoint, dest: Path, progress: Progress |
     """
     if _is_done(plan, dest):
         return False
-    check_scales(checkpoint)
     work = dest.with_name(f".{dest.name}.partial")
+    _check_room(plan, work)
+    check_scales(checkpoint)
     with _locked(work), _room():
         _resume(work, fingerprint(plan, checkpoint))
-        _check_room(plan, work)
         done = 0
         for name, jobs in plan.shards():
             if not (work / name).exists():
@@ -91,8 +91,6 @@ def _shifted(progress: Progress | None, by: int, total: int) -> Progress | None:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """The work folder, for one run at a time; the lock goes with the process, however it ends."""
-    if not work.parent.is_dir():
-        raise ConfigError(f"{work.parent}: no such folder to write to")
     try:
         work.mkdir(exist_ok=True)
         handle = os.open(work / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -132,8 +130,11 @@ def _resume(work: Path, state: str) -> None:
 
 
 def _check_room(plan: Plan, work: Path) -> None:
-    there = sum(path.stat().st_size for path in work.iterdir() if path.suffix == ".safetensors")
-    free, needed = shutil.disk_usage(work).free, plan.nbytes - there
+    """CheckpointError if the disk has not room for what is still to be written."""
+    if not work.parent.is_dir():
+        raise ConfigError(f"{work.parent}: no such folder to write to")
+    there = sum(path.stat().st_size for path in work.glob("*.safetensors"))
+    free, needed = shutil.disk_usage(work.parent).free, plan.nbytes - there
     if needed > free:
         raise CheckpointError(
             f"{work.parent}: {amount(needed)} are needed and {amount(free)} are free; make room or name "

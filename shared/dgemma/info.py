@@ -247,6 +247,8 @@ def _geometry_text(report: dict[str, Any]) -> list[str]:
     }
     if g["vision_layers"]:
         facts["vision"] = f"{g['vision_layers']} layers, not run by this program yet"
+    if report["format"]:
+        facts["format"] = report["format"]
     width = max(map(len, facts))
     return [report["model"], *(f"  {name.ljust(width)}  {fact}" for name, fact in facts.items())]
 

@@ -13,19 +13,21 @@ from dgemma.checkpoint import Checkpoint
 from dgemma.cli import main
 from dgemma.config import Config, load_json, read_config
 from dgemma.numpy_ops import NumpyOps
+from dgemma.released import RELEASED_DIR
+from dgemma_convert import stream
+from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small
 
-RELEASED = Path(__file__).parents[1] / "data"
 BF16, F32, F64 = info.FORMATS
 
 
 @pytest.fixture(scope="module")
 def released() -> Config:
-    return read_config(load_json(RELEASED / "config.json"))
+    return read_config(load_json(RELEASED_DIR / "config.json"))
 
 
 def test_the_released_model_has_its_published_size(released: Config) -> None:
-    report = info.describe(RELEASED)
+    report = info.describe(RELEASED_DIR)
     assert report["tensors"] == 1047
     assert report["bfloat16_bytes"]["total"] == 51_647_562_456
     assert round(report["parameters"]["total"] / 1e9, 2) == 25.82
@@ -104,14 +106,28 @@ def test_amounts(value: int, text: str) -> None:
     assert info.amount(value) == text
 
 
+def test_a_quantized_checkpoint_needs_what_its_records_take(tmp_path: Path) -> None:
+    """Packed weights stay packed: the report says so, and names the format."""
+    plain = info.describe(make_checkpoint(tmp_path / "in", small(hidden_size=64, moe_intermediate_size=64)))
+    plan, checkpoint = make_plan(tmp_path / "in", "nvfp4")
+    assert checkpoint
+    stream.convert(plan, checkpoint, tmp_path / "out")
+    packed = info.describe(tmp_path / "out")
+    assert (plain["format"], packed["format"]) == ("unquantized", "modelopt")
+    experts = plain["parameters"]["by_class"]["experts"]
+    saved = plain["memory"][0]["weights"] - packed["memory"][0]["weights"]
+    assert saved == experts * 2 - experts * (4 + 8 / 16) / 8
+    assert "modelopt" in info.text(packed)
+
+
 def test_the_command_prints_a_report_and_json() -> None:
     runner = CliRunner()
-    text = runner.invoke(main, ["info", str(RELEASED)])
+    text = runner.invoke(main, ["info", str(RELEASED_DIR)])
     assert text.exit_code == 0
     for part in ("25.82 B", "51.65 GB", "full attention in 5, 11, 17, 23, 29", "268.4 MB", "all at 128k"):
         assert part in text.stdout
     assert max(map(len, text.stdout.splitlines())) < 120
-    report = json.loads(runner.invoke(main, ["info", str(RELEASED), "--json"]).stdout)
+    report = json.loads(runner.invoke(main, ["info", str(RELEASED_DIR), "--json"]).stdout)
     assert report["memory"][0]["dtype"] == "bfloat16"
     assert report["memory"][0]["total"]["1024"] > 50e9
 
