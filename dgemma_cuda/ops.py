@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dgemma.quantized import Quantized
 
 from .cache import BucketCache
 from .graphs import Graphed
+from .staging import Staging
 
 
 class CudaOps(Ops):
@@ -41,13 +43,18 @@ class CudaOps(Ops):
         return torch.as_tensor(np.asarray(x)).to(self.device, torch.float32)
 
     def load(self, stored: Stored, wide: bool = False) -> Array:
-        # The copy is what torch may own: the file's map is read-only and goes away with `stored`.
-        x = torch.from_numpy(stored.data.copy())
-        x = x.view(torch.bfloat16) if stored.dtype == "BF16" else x
-        return x.to(self.device, torch.float32 if wide else self.dtype)
+        kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[stored.dtype]
+        x = self.raw(stored.data).reshape(-1).view(kind).reshape(stored.data.shape)
+        return x.to(torch.float32 if wide else self.dtype)
 
     def raw(self, x: np.ndarray) -> Array:
-        return torch.from_numpy(x.copy()).to(self.device)
+        """The bytes of `x`, a row of x as a row; a copy, as a file's map is read-only and goes away."""
+        octets = (*x.shape[:-1], -1) if x.size else (*x.shape[:-1], 0)
+        return self.staging.upload(x).reshape(octets)
+
+    @cached_property
+    def staging(self) -> Staging:
+        return Staging(self.device)
 
     def integer(self, x: Array) -> Array:
         return x.int()
