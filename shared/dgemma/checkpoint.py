@@ -285,7 +285,8 @@ def _contradictions(layout: Layout, sources: Sequence[Source], entries: Mapping[
         inputs = source.param.shape[-1]
         if source.form is not None and not source.form.fits(inputs):
             yield f"{source.param.name!r} has rows of {inputs}, which {source.form} does not divide"
-    if layout.announces() and all(source.form is None for source in sources):
+    quantized = any(source.form for source in sources) or any(_looks_quantized(e) for e in entries.values())
+    if layout.announces() and not quantized:
         first = sources[0].pieces[0].name
         yield f"quantized with {layout.name} by its config.json, but no tensor is; first: {first!r}"
 
@@ -327,13 +328,18 @@ def _summary(faults: Sequence[Fault]) -> str:
     return "; ".join(f"{_count(found)} {kind}: {_first(found)}" for kind, found in kinds.items())
 
 
+def _looks_quantized(entry: Entry) -> bool:
+    """Whether a tensor has a name or a type that only quantized formats use."""
+    own = _QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype)
+    return own is not None and not is_skipped(entry.name)
+
+
 def _unannounced(entries: Mapping[str, Entry]) -> Iterator[str]:
     """Quantized tensors of a checkpoint whose config.json does not say so: which format, nobody knows."""
     suspects = [
         f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
         for entry in entries.values()
-        if not is_skipped(entry.name)
-        and (_QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype))
+        if _looks_quantized(entry)
     ]
     if suspects:
         yield (

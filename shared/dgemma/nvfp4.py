@@ -61,11 +61,10 @@ def _encode(x: np.ndarray, mantissa: int, bias: int, most: float) -> np.ndarray:
     return code | sign << (3 if most == E2M1_MAX else 7)
 
 
-def encode_e8m0(x: np.ndarray, up: bool) -> np.ndarray:
-    """Codes of powers of two near positive float32 `x`: the next one up, or the nearest exponent; uint8."""
+def encode_e8m0(x: np.ndarray) -> np.ndarray:
+    """Codes of the least powers of two that are not below positive float32 `x`; uint8 in 0…254."""
     mantissa, exponent = np.frexp(np.maximum(x, np.float32(2.0**-127)))  # mantissa in [0.5, 1)
-    above = mantissa > (0.5 if up else 0.5**0.5)
-    return (np.clip(exponent - 1 + above, -127, 127) + 127).astype(np.uint8)
+    return (np.clip(exponent - 1 + (mantissa > 0.5), -127, 127) + 127).astype(np.uint8)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

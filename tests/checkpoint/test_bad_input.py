@@ -393,11 +393,6 @@ def test_vision_tensors_without_a_vision_config(tmp_path: Path) -> None:
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
             "compressed-tensors format 'pack-quantized'",
         ),
-        (
-            "quantization_config",
-            {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["re:("]},
-            "unusable ignore pattern 're:('",
-        ),
         ("quantization_config", {"quant_method": "a\nb"}, r"quant_method 'a\nb'"),
         (
             "quantization_config",

@@ -97,6 +97,15 @@ def is_linear(param: Param) -> bool:
     return stacked or (len(param.shape) == 2 and param.name.endswith(".weight"))
 
 
+def check_experts(param: Param, names: Collection[str], where: str) -> None:
+    """CheckpointError for more experts than tensors: a list of theirs would be as long as announced."""
+    if names and param.group == "experts" and param.shape[0] > len(names):
+        raise CheckpointError(
+            f"{where}: announces {param.shape[0]} experts for {param.name!r}, but the files hold "
+            f"{len(names)} tensors in all"
+        )
+
+
 def linears(param: Param) -> Iterator[tuple[str, Place | None, tuple[int, int]]]:
     """The separate linear layers of a parameter: module, place in the stack, shape [O, I].
 

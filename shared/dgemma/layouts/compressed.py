@@ -4,7 +4,7 @@
                           weight_global_scale F32 [1], input_global_scale F32 [1]
     float-quantized:      weight F8_E4M3 [O, I], weight_scale [O, 1]
 
-Both take stacks of experts apart. `ignore` lists modules, or patterns that begin with "re:".
+Both take stacks of experts apart. `ignore` lists modules, or regular expressions that begin with "re:".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from dgemma.quantized import FP8, NVFP4, Form
 from dgemma.spec import Param
 
-from . import FLOATS, Layout, Piece, is_linear, linears, matches, module, strings, unsupported
+from . import FLOATS, Layout, Piece, check_experts, is_linear, linears, matches, module, strings, unsupported
 
 
 class CompressedLayout(Layout):
@@ -27,18 +27,15 @@ class CompressedLayout(Layout):
 
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
         super().__init__(names)
+        self.where = where
         groups = announcement.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, Mapping) else []
         self.announced = {_group_form(group, announcement, where) for group in groups if group}
         if not self.announced:
             self.announced = {_format_form(announcement.get("format"), where)}
-        self.ignored = strings(announcement.get("ignore"))
-        for pattern in self.ignored:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error:
-                    raise unsupported(where, f"an unusable ignore pattern {reprlib.repr(pattern)}") from None
+        patterns = [_wildcard(pattern) for pattern in strings(announcement.get("ignore"))]
+        self.ignored = [pattern for pattern in patterns if pattern is not None]
+        self.opaque = None in patterns
 
     def announces(self) -> bool:
         return True
@@ -55,18 +52,17 @@ class CompressedLayout(Layout):
         if FP8 in self.announced and f"{first}.weight_scale" in self.names:
             return FP8
         # Experts must be quantized: what is missing is then said tensor by tensor.
-        return min(self.announced, key=str) if param.group == "experts" else None
+        wanted = param.group == "experts" and not (self.opaque and param.name in self.names)
+        return min(self.announced, key=str) if wanted else None
 
     def _ignores(self, path: str) -> bool:
-        return any(
-            re.match(pattern[3:], path) if pattern.startswith("re:") else matches(path, pattern)
-            for pattern in self.ignored
-        )
+        return any(matches(path, pattern) for pattern in self.ignored)
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
         if form is None:
             yield from super().pieces(param, form)
             return
+        check_experts(param, self.names, self.where)
         for path, place, (rows, inputs) in linears(param):
             if form == FP8:
                 yield Piece(f"{path}.weight", "codes", ("F8_E4M3",), ((rows, inputs),), place)
@@ -77,6 +73,19 @@ class CompressedLayout(Layout):
             yield Piece(f"{path}.weight_scale", "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
             yield Piece(f"{path}.weight_global_scale", "factor", ("F32",), scalar, place)
             yield Piece(f"{path}.input_global_scale", "unused", ("F32",), scalar, place)
+
+
+def _wildcard(pattern: str) -> str | None:
+    """An ignore entry as a wildcard; None for a regular expression that is more than one.
+
+    Expressions come from a file and are never run: one can keep a matcher busy for ever. What an entry that
+    is not understood would have left out, the tensors show.
+    """
+    if not pattern.startswith("re:"):
+        return pattern
+    plain = pattern[3:].removeprefix("^").replace(".*", "*").replace("\\.", ".")
+    head, dollar = plain.removesuffix("$"), plain.endswith("$")
+    return (head if dollar else f"{head}*") if re.fullmatch(r"[\w.*-]+", head) else None
 
 
 _FORMATS = {"nvfp4-pack-quantized": NVFP4, "float-quantized": FP8}

@@ -83,4 +83,4 @@ class MlxLayout(Layout):
             yield Piece(f"{path}.biases", "biases", types, (scales,))
         if form.mode == "nvfp4" and f"{path}.{FACTOR}" in self.names:
             whole = (*param.shape[:-2], 1)
-            yield Piece(f"{path}.{FACTOR}", "factor", ("F32",), (tuple(rows), whole))
+            yield Piece(f"{path}.{FACTOR}", "factor", ("F32",), (tuple(rows), whole, ()))

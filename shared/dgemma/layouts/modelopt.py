@@ -17,7 +17,7 @@ from typing import Any
 from dgemma.quantized import NVFP4, Form
 from dgemma.spec import Param
 
-from . import Layout, Piece, is_linear, linears, matches, module, strings, unsupported
+from . import Layout, Piece, check_experts, is_linear, linears, matches, module, strings, unsupported
 
 
 class ModelOptLayout(Layout):
@@ -27,6 +27,7 @@ class ModelOptLayout(Layout):
 
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
         super().__init__(names)
+        self.where = where
         for key, supported in (("quant_algo", "NVFP4"), ("group_size", 16)):
             if announcement.get(key, supported) != supported:
                 raise unsupported(where, f"ModelOpt {key} {reprlib.repr(announcement[key])}")
@@ -48,6 +49,7 @@ class ModelOptLayout(Layout):
         if form is None:
             yield from super().pieces(param, form)
             return
+        check_experts(param, self.names, self.where)
         for path, place, (rows, inputs) in linears(param):
             scalar: tuple[tuple[int, ...], ...] = ((), (1,))
             yield Piece(f"{path}.weight", "codes", ("U8",), ((rows, inputs // 2),), place)
