@@ -19,10 +19,12 @@ from dgemma.cache import Cache
 from dgemma.config import Config
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Ops, Stored
-from dgemma.quantized import Quantized
+from dgemma.quantized import NVFP4, Quantized
 
 from .cache import BucketCache
 from .graphs import Graphed
+from .kernels import moe
+from .kernels.layout import Tiled, untile
 from .staging import Staging
 
 
@@ -164,11 +166,30 @@ class CudaOps(Ops):
         """Steps are recorded as CUDA graphs; all else runs as it is."""
         return Graphed(fn) if repeats and self.device.type == "cuda" else fn
 
-    def prepare(self, record: Quantized) -> Quantized:
-        """A record on the device in the form that its kernels read."""
-        return record
+    @cached_property
+    def kernels(self) -> bool:
+        """Whether NVFP4 experts run on our kernels: on a GPU that has them, in bfloat16."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return False
+        if reason := moe.supported(self.device):
+            print(f"dgemma: {reason}; experts are decoded at every step, which is slow", file=sys.stderr)
+        return reason is None
+
+    def arrange(self, record: Quantized, name: str) -> Quantized | Tiled:
+        if record.form != NVFP4 or not self.kernels:
+            return record
+        return moe.tile_stack(record, name)
 
     # ---- composites with something better than the definition -----------------------------------
+
+    def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        if isinstance(gate_up, Tiled) and isinstance(down, Tiled):
+            return moe.experts(x, weights, ids, gate_up, down)
+        # One of the two may be stored in another form, and has no kernel to go with.
+        return super().experts(x, weights, ids, self._stack(gate_up), self._stack(down))
+
+    def _stack(self, weight: Array) -> Array:
+        return self.compute(untile(weight)) if isinstance(weight, Tiled) else weight
 
     def softmax(self, x: Array, axis: int) -> Array:
         return torch.softmax(x, axis)

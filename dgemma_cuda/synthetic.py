@@ -43,7 +43,8 @@ def random_weights(
     def leaf(param: Param) -> Array:
         form = forms.get(param.group) if param.path[-1] not in ("q_norm", "k_norm") else None
         if form is not None and len(param.shape) > 1:
-            return ops.prepare(_record(ops, param, form, generator))
+            record = _record(ops, param, form, generator)
+            return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
         return _array(ops, param, skew, generator)
 
     return build(config, text_parameters(config), leaf, constants(config, ops))

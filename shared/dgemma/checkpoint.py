@@ -501,7 +501,9 @@ class Checkpoint:
         wide = param.group == "router"
         if isinstance(stored, Quantized):
             record = ops.place(stored)
-            return ops.dequantize(record) if wide else record
+            if wide:
+                return ops.dequantize(record)
+            return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
         return ops.load(stored, wide=wide)
 
     def _place(self, param: Param) -> tuple[str, int]:

@@ -204,6 +204,10 @@ class Ops:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def arrange(self, record: Quantized, name: str) -> Any:
+        """A placed stack of experts, "gate_up" or "down", as this backend's `experts` reads it best."""
+        return record
+
     def free_memory(self) -> int | None:
         """Bytes that weights may still take: of the device, or of the machine; None if nothing says."""
         try:

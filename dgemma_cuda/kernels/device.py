@@ -1,0 +1,241 @@
+"""Triton sources of the grouped expert matmul, launched by `plan` and `moe`. Importing them needs Triton.
+
+A weight's bits become bfloat16 by integer instructions alone: a rotation and a mask bring a pair of E2M1
+codes to where bfloat16 has sign, exponent and mantissa. That is the code's value times 2^-126, and ±0.5 is
+a subnormal, which the multiplier keeps. The scale comes as 2^107 times its value, so that their product is
+normal and exact, and the 2^-19 of every sum is taken back with the row's factor.
+
+Triton's interpreter has no inline assembly, multiplies bfloat16 as if it were integers in `tl.dot`, and
+loses its subnormals. INTERPRET therefore says the same layout in float32 arithmetic, which is as exact; the
+assembly itself is emulated bit by bit in tests/kernels/test_layout.py.
+
+    R weight rows of a tile  M rows of a block of picks  T tiles of a matrix  B blocks of 64 inputs
+    K picks a token  E experts
+"""
+# Parameters of kernels are Triton's own types, which no annotation names.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+INTERPRET = triton.knobs.runtime.interpret
+
+
+def assembly(multiply: str) -> str:
+    """PTX from a word ($8) and four scale pairs ($9–$12) to eight bfloat16 ($0–$7), in the word's order."""
+    lines = [
+        "and.b32 a, $8, 0x81C081C0;",
+        "shf.l.wrap.b32 t, $8, $8, 3;",
+        "and.b32 b, t, 0x81C081C0;",
+        "shf.l.wrap.b32 t, $8, $8, 6;",
+        "and.b32 c, t, 0x81C081C0;",
+        "shl.b32 t, $8, 1;",
+        "and.b32 d, t, 0x80008000;",
+        "shr.b32 t, $8, 4;",
+        "and.b32 t, t, 0x00C000C0;",
+        "or.b32 d, d, t;",
+        "shr.b32 t, $8, 5;",
+        "and.b32 t, t, 0x01000100;",
+        "or.b32 d, d, t;",
+    ]
+    for i, pair in enumerate("abcd"):
+        lines.append(multiply.format(pair, f"${9 + i}"))
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};")
+    return "\n".join(["{", ".reg .b32 a, b, c, d, t, z;", "mov.b32 z, 0x80008000;", *lines, "}"])
+
+
+# A product alone needs sm_90. Below, -0 is added: the one addend that also keeps the sign of a zero.
+MUL = tl.constexpr(assembly("mul.rn.bf16x2 {0}, {0}, {1};"))
+FMA = tl.constexpr(assembly("fma.rn.bf16x2 {0}, {0}, {1}, z;"))
+UNIT = tl.constexpr(2.0**19)  # what the decoded weights of a sum lack
+OPERANDS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 5))
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+@triton.jit
+def plan(ids, slots, owners, picks, count, E: tl.constexpr, BINS: tl.constexpr, M: tl.constexpr):
+    """See `plan.plan`. One program an expert: where it begins follows from the counts of all experts."""
+    CHUNK: tl.constexpr = 1024
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for a in range(0, picks, CHUNK):
+        at = a + tl.arange(0, CHUNK)
+        counts += tl.histogram(tl.load(ids + at, mask=at < picks, other=0).to(tl.int32), BINS)
+    # What filled up the last chunk was counted as expert 0's.
+    counts -= tl.where(bins == 0, tl.cdiv(picks, CHUNK) * CHUNK - picks, 0)
+    filled = (counts + M - 1) // M
+    first = tl.sum(tl.where(bins < expert, filled, 0))
+    after = first + tl.sum(tl.where(bins == expert, filled, 0))
+    left = tl.where(expert == E - 1, after, count)  # the last expert also marks what is left over
+    for a in range(0, count, CHUNK):
+        at = a + tl.arange(0, CHUNK)
+        tl.store(owners + at, expert, mask=(at >= first) & (at < after))
+        tl.store(owners + at, E, mask=(at >= left) & (at < count))
+    place = first * M
+    for a in range(0, picks, CHUNK):
+        at = a + tl.arange(0, CHUNK)
+        mine = (tl.load(ids + at, mask=at < picks, other=-1).to(tl.int32) == expert).to(tl.int32)
+        tl.store(slots + place + tl.cumsum(mine, 0) - 1, at, mask=mine == 1)
+        place += tl.sum(mine)
+    pad = place + tl.arange(0, M)
+    tl.store(slots + pad, picks, mask=pad < after * M)
+
+
+@triton.jit
+def code(word, I: tl.constexpr, HIGH: tl.constexpr):
+    """The code of pair I, its second where HIGH, as float32: what PLACES of the layout says."""
+    word = word.to(tl.uint32, bitcast=True) >> (16 if HIGH else 0)
+    if I < 3:
+        bits = (word >> (6 - 3 * I)) & 7
+        sign = (word >> (15 - 3 * I)) & 1
+    else:
+        bits = ((word >> 10) & 3) | ((word >> 11) & 4)
+        sign = (word >> 14) & 1
+    fraction = (bits & 1).to(tl.float32) * 0.5
+    power = tl.exp2((bits >> 1).to(tl.float32) - 1)
+    value = tl.where(bits < 2, fraction, (1 + fraction) * power)
+    return tl.where(sign == 1, -value, value)
+
+
+@triton.jit
+def scale(octets, I: tl.constexpr, INTERPRET: tl.constexpr):
+    """The scale of group I: a float32, or for the assembly two equal bfloat16 at 2^107 times that."""
+    octet = (octets >> (8 * I)) & 0xFF
+    if INTERPRET:
+        return (1 + (octet & 7).to(tl.float32) / 8) * tl.exp2((octet >> 3).to(tl.float32) - 10)
+    else:
+        return octet * 0x00100010 + 0x70007000
+
+
+@triton.jit
+def weights(word, octets, R: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr):
+    """The tile [R, 64] of words [R, 8] and scale words [R], bfloat16 (interpreted: float32)."""
+    octets = octets[:, None]
+    s0, s1 = scale(octets, 0, INTERPRET), scale(octets, 1, INTERPRET)
+    s2, s3 = scale(octets, 2, INTERPRET), scale(octets, 3, INTERPRET)
+    if INTERPRET:
+        a0, a1 = code(word, 0, False) * s0, code(word, 0, True) * s0
+        b0, b1 = code(word, 1, False) * s1, code(word, 1, True) * s1
+        c0, c1 = code(word, 2, False) * s2, code(word, 2, True) * s2
+        d0, d1 = code(word, 3, False) * s3, code(word, 3, True) * s3
+    else:
+        a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
+            MUL if SM >= 90 else FMA,
+            OPERANDS,
+            [word, s0, s1, s2, s3],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+    # [R, word, pair / 2, pair % 2, half], then input 16 · pair + 2 · word + half.
+    low = tl.join(tl.join(a0, c0), tl.join(b0, d0))
+    high = tl.join(tl.join(a1, c1), tl.join(b1, d1))
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 3, 1, 4)), (R, 64))
+
+
+@triton.jit
+def product(
+    at_x, filled, words, scales, tile, inputs, B,
+    M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr,
+    SM: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Rows at the pointers at_x [M, 1], zeros where not `filled`, times a tile of weights: [M, R] float32.
+
+    `inputs` matters unless WHOLE: the last block then has fewer than 64 of them.
+    """
+    at_word = words + tile * B * (R * 8) + tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    at_scale = scales + tile * B * R + tl.arange(0, R)
+    at_x += tl.arange(0, 64)[None, :]
+    total = tl.zeros((R, M) if SWAP else (M, R), tl.float32)
+    for b in tl.range(B, loop_unroll_factor=UNROLL):
+        mask = filled[:, None]
+        if not WHOLE:
+            mask = mask & (b * 64 + tl.arange(0, 64) < inputs)[None, :]
+        x = tl.load(at_x, mask=mask, other=0.0)
+        if INTERPRET:
+            x = x.to(tl.float32)
+        w = weights(tl.load(at_word), tl.load(at_scale), R, SM, INTERPRET)
+        if SWAP:
+            total = tl.dot(w, tl.trans(x), total)
+        else:
+            total = tl.dot(x, tl.trans(w), total)
+        at_x += 64
+        at_word += R * 8
+        at_scale += R
+    if SWAP:
+        total = tl.trans(total)
+    return total
+
+
+@triton.jit
+def gate_up(
+    x, words, scales, factor, slots, owners, h, picks, inputs, stride_x, B, T,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr,
+    SWAP: tl.constexpr, UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """h[block · M + r, tile · R + c] = gelu(gate) · up for the token of slot r; rows without a slot are 0.
+
+    A tile is R rows of gate, then the same R rows of up: one product of 2R rows, so that the activations
+    are read once. Tiles of a block are adjacent programs: they share its rows in the cache.
+    """
+    block, tile = tl.program_id(0) // T, tl.program_id(0) % T
+    expert = tl.load(owners + block).to(tl.int64)
+    if expert == E:
+        return
+    slot = tl.load(slots + block * M + tl.arange(0, M))
+    at_x = x + (slot // K).to(tl.int64)[:, None] * stride_x
+    total = product(
+        at_x, slot < picks, words, scales, expert * T + tile, inputs, B,
+        M, 2 * R, WHOLE, SWAP, UNROLL, SM, INTERPRET,
+    )  # fmt: skip
+    at_factor = factor + (expert * T + tile) * (2 * R) + tl.arange(0, 2 * R)
+    total *= tl.load(at_factor)[None, :] * (1.0 if INTERPRET else UNIT)
+    gate, up = tl.split(tl.permute(tl.reshape(total, (M, 2, R)), (0, 2, 1)))
+    # GELU's tanh form, as x · sigmoid(2z): 1 + tanh(z) is 2 · sigmoid(2z).
+    z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    y = gate * tl.sigmoid(2 * z) * up
+    at_h = h + (block * M + tl.arange(0, M)).to(tl.int64)[:, None] * (T * R)
+    tl.store(at_h + tile * R + tl.arange(0, R)[None, :], y.to(h.dtype.element_ty))
+
+
+@triton.jit
+def down(
+    h, words, scales, factor, slots, owners, shares, y, picks, inputs, stride_h, outputs, B, T,
+    E: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr,
+    SWAP: tl.constexpr, UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """y[slot] = shares[slot] · (a row of `gate_up` through the expert's down projection)."""
+    block, tile = tl.program_id(0) // T, tl.program_id(0) % T
+    expert = tl.load(owners + block).to(tl.int64)
+    if expert == E:
+        return
+    slot = tl.load(slots + block * M + tl.arange(0, M))
+    filled = slot < picks
+    at_h = h + (block * M + tl.arange(0, M)).to(tl.int64)[:, None] * stride_h
+    total = product(
+        at_h, filled, words, scales, expert * T + tile, inputs, B,
+        M, R, WHOLE, SWAP, UNROLL, SM, INTERPRET,
+    )  # fmt: skip
+    at_factor = factor + (expert * T + tile) * R + tl.arange(0, R)
+    total *= tl.load(at_factor)[None, :] * (1.0 if INTERPRET else UNIT)
+    total *= tl.load(shares + slot, mask=filled, other=0.0)[:, None]
+    column = tile * R + tl.arange(0, R)
+    at_y = y + slot.to(tl.int64)[:, None] * outputs + column[None, :]
+    tl.store(at_y, total.to(y.dtype.element_ty), mask=filled[:, None] & (column < outputs)[None, :])
+
+
+@triton.jit
+def combine(y, out, width, K: tl.constexpr, C: tl.constexpr):
+    """out[n] = the sum of rows n · K … n · K + K − 1 of y, in that order and float32; C columns a program."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    total = tl.zeros((C,), tl.float32)
+    for k in range(K):
+        row = y + (token * K + k) * width
+        total += tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)

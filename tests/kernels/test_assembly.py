@@ -1,0 +1,80 @@
+"""The assembly that decodes weights, run line by line on uint32: Triton's interpreter cannot run it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from dgemma.numpy_ops import NumpyOps
+from tests.kernels.test_layout import bfloat16, on_torch, random_record
+
+pytest.importorskip("torch")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dgemma_cuda.kernels import device, layout
+
+
+def halves(x: np.ndarray) -> np.ndarray:
+    """Two bfloat16 a uint32, in float64: [..., 2]."""
+    return bfloat16(np.stack([x & 0xFFFF, x >> 16], -1))
+
+
+def joined(x: np.ndarray) -> np.ndarray:
+    """The inverse of `halves`, for values that bfloat16 has."""
+    bits = x.astype(np.float32).view(np.uint32)
+    np.testing.assert_array_equal(bits & 0xFFFF, 0)
+    return bits[..., 0] >> 16 | bits[..., 1]
+
+
+OPERATIONS = {
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "shl.b32": lambda a, n: a << n,
+    "shr.b32": lambda a, n: a >> n,
+    "shf.l.wrap.b32": lambda a, b, n: a >> (32 - n) | b << n,
+    "mul.rn.bf16x2": lambda a, b: joined(halves(a) * halves(b)),
+    "fma.rn.bf16x2": lambda a, b, c: joined(halves(a) * halves(b) + halves(c)),
+}
+
+
+def execute(ptx: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """The eight outputs ($0–$7, uint16) of the assembly for its inputs ($8 and on, uint32)."""
+    values = {f"${8 + i}": x for i, x in enumerate(inputs)}
+
+    def read(name: str) -> np.ndarray:
+        return values[name] if name in values else np.full_like(inputs[0], int(name, 0))
+
+    for line in ptx.splitlines():
+        operation, _, rest = line.rstrip(";").partition(" ")
+        operands = re.findall(r"\$\d+|\w+", rest)
+        if operation == "mov.b32" and "{" in rest:  # a register taken apart
+            low, high, whole = operands
+            values[low], values[high] = values[whole] & 0xFFFF, values[whole] >> 16
+        elif operation == "mov.b32":
+            values[operands[0]] = read(operands[1])
+        elif operation in OPERATIONS:
+            values[operands[0]] = OPERATIONS[operation](*map(read, operands[1:]))
+        else:
+            assert operation in ("{", "}", ".reg"), line
+    return [values[f"${i}"] for i in range(8)]
+
+
+@pytest.mark.parametrize("name", ["MUL", "FMA"])
+def test_assembly_decodes_what_the_tiles_hold(name: str) -> None:
+    record = random_record((2, 128, 192), "none")
+    tiled = layout.tile(on_torch(record), 128)
+    words = tiled.words.numpy().view(np.uint32)[:, 0, :, 0]  # [E, B, R, 8]
+    octets = tiled.scales.numpy()[:, 0, :, 0, :, None].astype(np.int64)  # [E, B, R, 1]
+    pairs = [device.scale.fn(octets, i, False).astype(np.uint32) for i in range(4)]
+    pairs = [np.broadcast_to(pair, words.shape) for pair in pairs]
+    found = execute(getattr(device, name).value, [words, *pairs])
+    values = bfloat16(np.stack(found, -1)).reshape(*words.shape, 4, 2) * device.UNIT.value
+    values = values.transpose(0, 2, 1, 4, 3, 5).reshape(record.shape)  # [E, R, B, 4, 8, 2]
+    np.testing.assert_array_equal(values, NumpyOps().dequantize(record))
+
+
+def test_a_scale_that_is_nan_makes_nan() -> None:
+    pairs = [np.array([device.scale.fn(255, 0, False)], np.uint32)] * 4
+    assert np.isnan(halves(pairs[0])).all()

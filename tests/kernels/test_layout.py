@@ -1,0 +1,124 @@
+"""The tiles hold exactly the record's values, and the bit trick that decodes them is exact in bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dgemma import nvfp4
+from dgemma.numpy_ops import NumpyOps
+from dgemma.quantized import NVFP4, Quantized
+
+torch = pytest.importorskip("torch")
+
+from dgemma_cuda.kernels import layout  # noqa: E402
+
+
+def random_record(shape: tuple[int, int, int], factor: str = "row", seed: int = 0) -> Quantized:
+    """A record of random codes and of random scales of either sign, zero among them; fields are NumPy's."""
+    E, O, I = shape
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, (E, O, I // 2), dtype=np.uint8)
+    scales = rng.integers(0, 127, (E, O, I // 16), dtype=np.uint8)
+    scales |= (rng.random(scales.shape) < 0.1).astype(np.uint8) << 7
+    scales[rng.random(scales.shape) < 0.1] = 0
+    size = {"none": None, "stack": (1,), "matrix": (E, 1), "row": (E, O)}[factor]
+    return Quantized(
+        NVFP4,
+        codes,
+        scales,
+        factor=None if size is None else rng.uniform(0.01, 2, size).astype(np.float32),
+    )
+
+
+def on_torch(record: Quantized) -> Quantized:
+    return record.map(torch.from_numpy)
+
+
+@pytest.mark.parametrize("factor", ["none", "stack", "matrix", "row"])
+@pytest.mark.parametrize(
+    ("shape", "rows", "parts"),
+    [
+        ((3, 64, 64), 64, 1),
+        ((3, 128, 192), 64, 1),
+        ((2, 70, 80), 32, 1),  # neither a whole tile nor a whole block
+        ((3, 128, 128), 64, 2),
+        ((2, 44, 16), 16, 2),  # 22 rows a part in tiles of 16, a quarter of a block
+        ((1, 2, 176), 128, 2),
+    ],
+)
+def test_tiles_hold_what_the_record_holds(
+    shape: tuple[int, int, int], rows: int, parts: int, factor: str
+) -> None:
+    record = random_record(shape, factor)
+    tiled = layout.tile(on_torch(record), rows, parts)
+    # float64, then rounded once: code · scale has 6 bits, so that float32 rounds only by the factor, too.
+    np.testing.assert_array_equal(
+        layout.untile(tiled).numpy(), NumpyOps().dequantize(record).astype(np.float32)
+    )
+    assert tiled.shape == shape and tiled.rows == rows and tiled.parts == parts
+
+
+def test_a_factor_that_divides_becomes_its_reciprocal() -> None:
+    record = random_record((2, 16, 32))
+    record = Quantized(NVFP4, record.codes, record.scales, factor=record.factor, divides=True)
+    actual = layout.untile(layout.tile(on_torch(record), 16)).numpy()
+    np.testing.assert_allclose(actual, NumpyOps().dequantize(record), rtol=2.0**-22)
+
+
+def test_no_byte_is_added_to_a_stack_of_whole_tiles() -> None:
+    record = random_record((2, 128, 192), "none")
+    tiled = layout.tile(on_torch(record), 64, 2)
+    assert tiled.words.nbytes == record.codes.nbytes
+    assert tiled.scales.nbytes == record.scales.nbytes
+    assert tiled.words.is_contiguous() and tiled.scales.is_contiguous()
+
+
+def test_chunks_of_experts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = on_torch(random_record((5, 32, 64)))
+    whole = layout.tile(record, 32)
+    monkeypatch.setattr(layout, "CHUNK", 2 * 32 * 8)  # two experts at a time
+    parts = layout.tile(record, 32)
+    assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
+
+
+def test_a_scale_that_is_nan_stays_nan() -> None:
+    record = random_record((1, 16, 64))
+    record.scales[0, 3, 2] = 0x7F
+    values = layout.untile(layout.tile(on_torch(record), 16)).numpy()
+    assert np.isnan(values[0, 3, 32:48]).all() and np.isnan(values).sum() == 16
+
+
+# ---- the number format of the products ------------------------------------------------------------------
+# No processor here multiplies bfloat16, and Triton's interpreter loses its subnormals (codes ±0.5 are some).
+
+
+def bfloat16(halves: np.ndarray) -> np.ndarray:
+    """Raw bfloat16 (uint16 in any integer type) as float64, subnormals included."""
+    halves = halves.astype(np.int64)
+    exponent, mantissa = halves >> 7 & 255, halves & 127
+    value = np.where(
+        exponent == 0, np.ldexp(mantissa, -133), np.ldexp(128 + mantissa, np.maximum(exponent, 1) - 134)
+    )
+    value = np.where(exponent == 255, np.where(mantissa == 0, np.inf, np.nan), value)
+    return np.where(halves >> 15, -value, value)
+
+
+def test_every_product_of_code_and_scale_is_exact_in_bfloat16() -> None:
+    codes, scales = np.arange(16), np.arange(1, 127)
+    octets = layout._tables()[1].numpy()[scales].astype(np.int64)
+    assert len(np.unique(octets)) == 126  # lossless
+    left = bfloat16((codes & 8) << 12 | (codes & 7) << 6)
+    right = bfloat16(octets * 16 + 0x7000)
+    product = left[:, None] * right[None, :]
+    expected = nvfp4.E2M1[codes][:, None].astype(np.float64) * nvfp4.E4M3[scales]
+    np.testing.assert_array_equal(product * 2.0**19, expected)
+    # Seven bits of mantissa and a normal exponent: rounding to bfloat16 changes nothing.
+    mantissa, exponent = np.frexp(product)
+    np.testing.assert_array_equal(mantissa * 256, np.rint(mantissa * 256))
+    assert exponent[product != 0].min() > -126 and exponent.max() < 127
+
+
+def test_the_byte_for_nan_becomes_nan() -> None:
+    assert layout._tables()[1][0x7F] == 255
+    assert np.isnan(bfloat16(np.array([255 * 16 + 0x7000])))

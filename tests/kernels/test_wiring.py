@@ -1,0 +1,75 @@
+"""The backend with its kernels, interpreted on a CPU: a checkpoint in NVFP4, from its file to logits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dgemma.checkpoint import Checkpoint
+from dgemma.model import Model
+from dgemma.numpy_ops import NumpyOps
+from dgemma.ops import Ops
+from dgemma_convert import stream
+from dgemma_convert.plan import make_plan
+from tests.checkpoints import make_checkpoint, small
+
+torch = pytest.importorskip("torch")
+
+from dgemma_cuda.kernels.layout import Tiled  # noqa: E402
+from dgemma_cuda.ops import CudaOps  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ModelOpt NVFP4, with experts of a size that fills neither a tile nor a block."""
+    folder = tmp_path_factory.mktemp("packed")
+    config = small(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    plan, source = make_plan(make_checkpoint(folder / "in", config), "nvfp4")
+    assert source
+    stream.convert(plan, source, folder / "out")
+    return folder / "out"
+
+
+def with_kernels(place: Any) -> CudaOps:
+    """The backend as on a GPU that has the kernels; the interpreter takes float32."""
+    ops = CudaOps(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
+    ops.__dict__["kernels"] = True
+    return ops
+
+
+def logits(folder: Path, ops: Ops) -> tuple[Model, np.ndarray]:
+    checkpoint = Checkpoint.open(folder)
+    model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
+    rng = np.random.default_rng(0)
+    return model, model.logits(model.encode([rng.integers(0, 200, 7).tolist()]), rng.integers(0, 200, (1, 4)))
+
+
+def test_a_checkpoint_runs_on_the_kernels(packed: Path, place: Any) -> None:
+    ops = with_kernels(place)
+    model, got = logits(packed, ops)
+    assert isinstance(model.weights.layers[0].experts.gate_up, Tiled)
+    _, wanted = logits(packed, NumpyOps())
+    bound = 2e-5 if ops.dtype == torch.float32 else 0.05
+    assert np.abs(got - wanted).max() <= bound * np.abs(wanted).max()
+
+
+def test_one_stack_in_another_form(packed: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = with_kernels(place)
+    arrange = ops.arrange
+    monkeypatch.setattr(ops, "arrange", lambda r, name: arrange(r, name) if name == "down" else r)
+    model, got = logits(packed, ops)
+    kinds = [type(w).__name__ for w in vars(model.weights.layers[0].experts).values()]
+    assert kinds == ["Quantized", "Tiled"]
+    _, wanted = logits(packed, NumpyOps())
+    assert np.abs(got - wanted).max() <= (0.05 if place.type == "cuda" else 2e-5) * np.abs(wanted).max()
+
+
+def test_kernels_are_for_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU keeps records, whatever the interpreter could do; a GPU without the kernels says so once."""
+    assert not CudaOps(dtype=torch.bfloat16).kernels
+    ops = CudaOps(dtype=torch.bfloat16)
+    ops.device = torch.device("cuda")
+    monkeypatch.setattr("dgemma_cuda.kernels.moe.find_spec", lambda name: None)
+    assert (ops.kernels, ops.kernels) == (False, False)
+    assert capsys.readouterr().err.count("need Triton, which is not installed") == 1
