@@ -54,13 +54,13 @@ class Part:
 # ---- the clock ----------------------------------------------------------------------------------
 
 
-def clock(ops: CudaOps, run: Callable[[], Any], repeats: int) -> float:
-    """Median milliseconds of `run`, recorded as a graph on a GPU so that launches do not count."""
+def clock(ops: CudaOps, run: Callable[[], Any], repeats: int, record: bool = True) -> float:
+    """Median milliseconds of `run`, on a GPU recorded as a graph so that launches do not count."""
     if ops.device.type != "cuda":
         return _median(_wall(run) for _ in range(repeats))
-    replay, _ = record_cuda(run)
-    replay()
-    return _median(_events(replay) for _ in range(repeats))
+    call = record_cuda(run)[0] if record else run
+    call()
+    return _median(_events(call) for _ in range(repeats))
 
 
 def _median(times: Iterator[float]) -> float:

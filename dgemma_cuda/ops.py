@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from dgemma.cache import Cache
 from dgemma.config import Config
 from dgemma.errors import BackendError
-from dgemma.ops import Array, Ops, Stored
+from dgemma.ops import Array, Guess, Ops, Stored
 from dgemma.quantized import NVFP4, Quantized
 
 from .cache import BucketCache
 from .graphs import Graphed
-from .kernels import moe
+from .kernels import attention, moe, vocabulary
 from .kernels.layout import Tiled, untile
 from .staging import Staging
 
@@ -168,11 +168,11 @@ class CudaOps(Ops):
 
     @cached_property
     def kernels(self) -> bool:
-        """Whether NVFP4 experts run on our kernels: on a GPU that has them, in bfloat16."""
+        """Whether our kernels run: on a GPU that has them, in bfloat16."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return False
         if reason := moe.supported(self.device):
-            print(f"dgemma: {reason}; experts are decoded at every step, which is slow", file=sys.stderr)
+            print(f"dgemma: {reason}; PyTorch's own operations run instead, slower", file=sys.stderr)
         return reason is None
 
     def arrange(self, record: Quantized, name: str) -> Quantized | Tiled:
@@ -204,12 +204,21 @@ class CudaOps(Ops):
     def attention(
         self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
     ) -> Array:
+        if self.kernels:
+            return attention.attention(q, k, v, pad, causal, window)
         L, S = q.shape[2], k.shape[2]
         square = causal and pad is None and L == S and (window is None or window >= S)
         mask = None if square else self.visible(L, S, pad, causal, window)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
         )
+
+    def vocabulary(
+        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+    ) -> Guess:
+        if self.kernels and isinstance(table, torch.Tensor):
+            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
+        return super().vocabulary(h, table, softcap, temperature, uniforms)
 
     def peak_memory(self) -> int:
         return (

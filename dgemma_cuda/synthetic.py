@@ -43,7 +43,7 @@ def random_weights(
     def leaf(param: Param) -> Array:
         form = forms.get(param.group) if param.path[-1] not in ("q_norm", "k_norm") else None
         if form is not None and len(param.shape) > 1:
-            record = _record(ops, param, form, generator)
+            record = random_record(ops, param, form, generator)
             return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
         return _array(ops, param, skew, generator)
 
@@ -67,7 +67,8 @@ def _array(ops: CudaOps, param: Param, skew: float, generator: torch.Generator) 
     return _normal(ops, param.shape, generator) / param.shape[-1] ** 0.5
 
 
-def _record(ops: CudaOps, param: Param, form: Form, generator: torch.Generator) -> Quantized:
+def random_record(ops: CudaOps, param: Param, form: Form, generator: torch.Generator) -> Quantized:
+    """A record on the device whose values have a variance of one over the row's length."""
     lead, inputs = param.shape[:-1], param.shape[-1]
     factor = torch.full((*lead[:-1], 1), inputs**-0.5, device=ops.device)
     if form == FP8:

@@ -617,6 +617,32 @@ def convert(
         click.echo(json.dumps(facts | {"dest": str(dest)}))
 
 
+# ---- selftest ------------------------------------------------------------------------------------
+
+
+@main.command(context_settings=_HELP, short_help="Check the kernels on this machine's GPU.")
+@click.option("--backend", type=click.Choice(["cuda"]), default="cuda", show_default=True)
+@click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def selftest(backend: str, device: str | None, as_json: bool) -> int:
+    """Check the kernels on this machine's GPU against their plain twins, at the released sizes.
+
+    The exit code is 1 if one is wrong. Without a GPU nothing is checked, and the report says so.
+    """
+    from .config import load_json, read_config
+    from .loading import make_ops
+    from .released import RELEASED_DIR
+
+    ops: Any = make_ops(backend, None, device)
+    from dgemma_cuda import selftest as library
+
+    config = read_config(load_json(RELEASED_DIR / "config.json"))
+    with _console().status("checking"):
+        report = library.run(ops, config)
+    click.echo(json.dumps(report) if as_json else library.text(report))
+    return 1 if report["ok"] is False else 0
+
+
 # ---- bench --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,228 @@
+"""Attention for this model's heads of 256 and 512: replaces `Ops.attention`, without masks or repeated keys.
+
+PyTorch's flash kernels stop at 256 and take no mask, and the others read one of L × S. Here the heads of a
+KV head are rows of one matrix, adjacent rows being one query's heads, so that a block of rows spans few
+queries; keys outside its window or in padding are not read at all. Where blocks are fewer than the GPU has
+processors, runs of keys go to different programs and are merged by their log-sum-exps. Softmax and sums
+are float32, and no result depends on the order in which programs run. The price: no gradients.
+
+    B rows  L queries  S key slots  C head size  H heads  G KV heads  Z splits of S
+"""
+# Parameters of kernels are Triton's own types, which no annotation names.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .vocabulary import interpreted, kernel, load, power_of_two, processors, supported
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+__all__ = ["attention", "attention_plain", "supported"]
+
+Tensor = torch.Tensor
+
+LEAST = 128  # keys that are worth a split
+MOST = 8  # splits
+MERGE_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and keys of a block, and the launch that holds it without spills on sm_80 to sm_120."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int  # programs that a processor holds at once, by registers
+
+
+# By head size and family. At 512 it is 98 KB of the 99 that consumer GPUs have. At 256 four warps are one
+# wgmma's (tcgen05's) 64 rows, and two programs fit; with mma.sync they would spill, so that eight share them.
+TILES = {
+    (512, "mma"): Tile(64, 16, 8, 2, resident=1),
+    (512, "wgmma"): Tile(64, 16, 8, 2, resident=1),
+    (256, "mma"): Tile(64, 32, 8, 2, resident=1),
+    (256, "wgmma"): Tile(64, 32, 4, 2, resident=2),
+}
+SMALL = Tile(64, 32, 4, 2, resident=2)  # of small models' heads
+
+
+@cache
+def tile_for(C: int, device: torch.device) -> Tile:
+    """The tile of heads of C on `device`."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return TILES.get((C, family(major)), SMALL)
+
+
+def family(major: int) -> str:
+    """What multiplies on GPUs of compute capability `major`; 12 is a consumer's, without tcgen05."""
+    return "wgmma" if major in (9, 10) else "mma"
+
+
+def attention_plain(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, causal: bool, window: int | None
+) -> Tensor:
+    """`attention` in PyTorch: the mask is `Ops.visible`."""
+    L, S = q.shape[2], k.shape[2]
+    key = torch.arange(S, device=q.device)
+    query = torch.arange(S - L, S, device=q.device)[:, None]
+    mask = torch.ones(1, 1, L, S, dtype=torch.bool, device=q.device)
+    if pad is not None:
+        mask = (key >= pad[:, None, None, None]) | (key == query)
+    if causal:
+        mask = mask & (key <= query) & (key > query - (S if window is None else window))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pad: Tensor | None,
+    causal: bool,
+    window: int | None,
+    splits: int | None = None,
+) -> Tensor:
+    """`Ops.attention` of q [B, H, L, C] and k, v [B, G, S, C], all of one 16-bit type -> [B, H, L, C].
+
+    C is a power of two from 16 on; strides are free where C's is 1. The result lies as [B, L, H, C] does,
+    which is how the output projection reads it. NaN in slots before `pad` reaches no row behind it. `splits`
+    is chosen from shapes where it is None, so that a captured step stays as it is.
+    """
+    load()
+    B, H, L, C = q.shape
+    G, S = k.shape[1], k.shape[2]
+    assert H % G == 0 and L <= S and power_of_two(C) == C and C >= 16, (q.shape, k.shape)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    tile = tile_for(C, q.device)
+    window = S if window is None else window
+    blocks = -(-L * (H // G) // tile.rows)
+    Z = splits or _splits(blocks * B * G, S, tile, q.device)
+    y = q.new_empty((B, L, H, C)).transpose(1, 2)
+    # Of each split: its normalised result, and log2 of the sum that normalised it.
+    parts = q.new_empty((Z, B, H, L, C), dtype=torch.float32) if Z > 1 else y[None]
+    sums = q.new_empty((Z, B, H, L) if Z > 1 else 1, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        _attend[(blocks, B * G, Z)](
+            q, k, v, parts, sums, sums if pad is None else pad, G, L, S, window,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:4],
+            REP=H // G, C=C, BM=tile.rows, BN=tile.keys, CAUSAL=causal, WINDOWED=causal and window < S,
+            PADDED=pad is not None, SPLIT=Z > 1, INTERPRET=interpreted(),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if Z > 1:
+            _merge[(L, H, B)](
+                parts, sums, y, Z, *y.stride()[:3], C=C, SPLITS=power_of_two(Z), num_warps=MERGE_WARPS
+            )
+    return y
+
+
+def _splits(blocks: int, S: int, tile: Tile, device: torch.device) -> int:
+    """As many splits as keep all blocks resident at once, if each has enough keys."""
+    return max(1, min(processors(device) * tile.resident // blocks, S // LEAST, MOST))
+
+
+# ---- kernels -----------------------------------------------------------------------------------------
+
+
+@kernel
+def _attend(
+    q, k, v, out, sums, pad, G, L, S, window, q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, o_z, o_b, o_h, o_l,
+    REP: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one KV head over one run of its keys; row r is head r % REP of query r // REP.
+
+    Only keys from `pad` on, and from the first row's window to the last row's query are read. Exponentials
+    are powers of two.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a causal pass are the longest
+    b, g, part = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)
+    row, c = block * BM + tl.arange(0, BM), tl.arange(0, C)
+    head, query = g * REP + row % REP, row // REP
+    some, slot = query < L, S - L + query
+    x = tl.load(q + b * q_b + (head * q_h + query * q_l)[:, None] + c[None, :], mask=some[:, None], other=0.0)
+    low, high = 0, S
+    if CAUSAL:
+        high = tl.minimum(S, S - L + (block * BM + BM - 1) // REP + 1)
+    if WINDOWED:
+        low = tl.maximum(0, S - L + block * BM // REP - window + 1)
+    if PADDED:
+        start = tl.load(pad + b).to(tl.int32)
+        low = tl.maximum(low, start)
+    if SPLIT:
+        span = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2)), BN) * BN
+        low += part * span
+        high = tl.minimum(high, low + span)
+    k += b * k_b + g * k_g
+    v += b * v_b + g * v_g
+    total = tl.zeros((BM, C), tl.float32)
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    mass = tl.zeros((BM,), tl.float32)
+    if PADDED:
+        # A padding query sees itself. Row by row, so that NaN in padding stays there.
+        alone = some & (slot < start) & (part == 0)
+        own = tl.load(k + (slot * k_s)[:, None] + c[None, :], mask=alone[:, None], other=0.0)
+        score = tl.sum(x.to(tl.float32) * own.to(tl.float32), 1) * 1.4426950408889634
+        top = tl.where(alone, score, top)
+        mass = tl.where(alone, 1.0, mass)
+        total += tl.load(v + (slot * v_s)[:, None] + c[None, :], mask=alone[:, None], other=0.0)
+    if INTERPRET:
+        x = x.to(tl.float32)
+    for a in range(low, high, BN):
+        key = a + tl.arange(0, BN)
+        there = (key < high)[:, None]
+        y = tl.load(k + (key * k_s)[:, None] + c[None, :], mask=there, other=0.0)
+        if INTERPRET:
+            y = y.to(tl.float32)
+        scores = tl.dot(x, tl.trans(y), input_precision="ieee") * 1.4426950408889634
+        seen = (key < high)[None, :]
+        if CAUSAL:
+            seen = seen & (key[None, :] <= slot[:, None])
+        if WINDOWED:
+            seen = seen & (key[None, :] > slot[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        top, mass = new, mass * fade + tl.sum(p, 1)
+        z = tl.load(v + (key * v_s)[:, None] + c[None, :], mask=there, other=0.0)
+        p = p.to(z.dtype)
+        if INTERPRET:
+            p, z = p.to(tl.float32), z.to(tl.float32)
+        total = tl.dot(p, z, total * fade[:, None], input_precision="ieee")
+    total *= (1 / tl.where(mass == 0, 1.0, mass))[:, None]
+    # The same rows again: never true, and unknown to the compiler, which else keeps all offsets in registers.
+    row = (block + (L > S).to(tl.int32)) * BM + tl.arange(0, BM)
+    head, query = g * REP + row % REP, row // REP
+    there = out + part.to(tl.int64) * o_z + b * o_b + (head * o_h + query * o_l)[:, None] + c[None, :]
+    tl.store(there, total.to(out.dtype.element_ty), mask=(query < L)[:, None])
+    if SPLIT:
+        here = (part * (tl.num_programs(1) // G) + b) * (G * REP * L) + head * L + query
+        tl.store(sums + here, top + tl.log2(mass), mask=query < L)
+
+
+@kernel
+def _merge(parts, sums, out, Z, o_b, o_h, o_l, C: tl.constexpr, SPLITS: tl.constexpr):
+    """One row's splits, weighted by the sums that normalised them; a split that saw nothing weighs 0."""
+    query, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    L, H, B = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    z, c = tl.arange(0, SPLITS), tl.arange(0, C)
+    here = ((z * B + b) * H + head) * L + query
+    logs = tl.load(sums + here, mask=z < Z, other=float("-inf"))
+    weight = tl.exp2(logs - tl.max(logs, 0))
+    y = tl.load(parts + here[:, None] * C + c[None, :], mask=(z < Z)[:, None], other=0.0)
+    total = tl.sum(y * weight[:, None], 0) / tl.sum(weight)
+    tl.store(out + b * o_b + head * o_h + query * o_l + c, total.to(out.dtype.element_ty))

@@ -1,0 +1,533 @@
+"""What the vocabulary says of each position, in two passes over bfloat16 logits: replaces `Ops.vocabulary`.
+
+The head is one cuBLAS product into a plane of logits, the only one that exists. One pass over it gathers
+maximum, sum and entropy online; a second turns logits into probabilities in place, and the soft embedding
+is again a product. Between them, the sample reads one part of each row. Everything stays on the device and
+every shape follows from the arguments', so that a CUDA graph can hold it; nothing depends on the order in
+which programs run. The price: logits are rounded to bfloat16, as they are in the reference.
+
+`sparse_vocabulary` replaces the second product for rows that a few tokens dominate, and says what is missing.
+
+Kernels compute in powers of two: z = logit / temperature · log2(e), whose exponentials are one instruction.
+
+    N tokens  D hidden  V vocabulary
+"""
+# Parameters of kernels are Triton's own types, which no annotation names.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from dgemma.ops import Guess
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+Tensor = torch.Tensor
+
+ROWS = 512  # rows of the plane of logits: 268 MB of bfloat16 at V = 262,144, which is read once a block
+WIDTH = 16384  # tokens of a split: what one program reduces, and what a sample reads again
+TILE = 2048  # tokens in registers at once
+SHORTEST = -1e30  # log2 of no threshold at all, finite so that sums with it are
+
+# Launch options by kernel; tests/kernels/test_aot_vocabulary.py compiles these very ones.
+OPTIONS = {
+    "_statistics": {"num_warps": 4},
+    "_draw": {"num_warps": 8},
+    "_probabilities": {"num_warps": 4},
+    "_shortlist": {"num_warps": 8},
+    "_decide": {"num_warps": 4},
+    "_product": {"num_warps": 8, "num_stages": 3},
+    "_collect": {"num_warps": 4},
+}
+PRODUCT = {"BM": 128, "BN": 128, "BK": 64}  # 96 KB of stages: fits every architecture from sm_80 on
+COLUMNS, GATHERED = 256, 16  # of `_collect`: columns a program, table rows in registers at once
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Which rows of the soft embedding a few tokens may stand for.
+
+    Kept are the first `keep` tokens with p > ratio · max p. A row is sparse if what they leave out is at
+    most `missing`; every other row gets the whole product.
+    """
+
+    ratio: float = 1e-5
+    keep: int = 64
+    missing: float = 1e-3
+
+
+def supported(device: str | torch.device) -> str | None:
+    """Why the kernels cannot run on `device`, in a sentence, or None."""
+    device = torch.device(device)
+    if find_spec("triton") is None:
+        return "the kernels need Triton, which is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or more, and this GPU has {major}.{minor}"
+    return None
+
+
+# ---- Triton, by the first launch ---------------------------------------------------------------------
+
+MARKED: list[Callable[..., Any]] = []
+
+
+def kernel(fn: Callable[..., Any]) -> Any:
+    """Mark a function of any module for Triton, to which `load` hands it when a launch is due."""
+    MARKED.append(fn)
+    return fn
+
+
+def load() -> None:
+    """Import Triton, and replace what is marked by what it compiles."""
+    if MARKED:
+        import triton
+        import triton.language
+    while MARKED:
+        fn = MARKED.pop()
+        fn.__globals__["tl"] = triton.language
+        fn.__globals__[fn.__name__] = triton.jit(fn)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, whose `tl.dot` takes bfloat16 for integers."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; a few for the interpreter, so that it cuts as well."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+# ---- the plain twins ---------------------------------------------------------------------------------
+
+
+def vocabulary_plain(
+    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+) -> Guess:
+    """`vocabulary` in PyTorch, with planes of float32 [N, V]."""
+    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
+    return Guess(argmax, sample, entropy, p.to(table.dtype) @ table)
+
+
+def sparse_vocabulary_plain(
+    h: Tensor,
+    table: Tensor,
+    softcap: float,
+    temperature: Tensor | float,
+    uniforms: Tensor,
+    sparse: Sparse | None = None,
+) -> tuple[Guess, Tensor]:
+    """`sparse_vocabulary` in PyTorch."""
+    sparse = sparse or Sparse()
+    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
+    kept = p > sparse.ratio * p.amax(-1, keepdim=True)
+    kept &= kept.cumsum(-1) <= sparse.keep
+    missing = torch.where(kept, 0.0, p).sum(-1)
+    dense = ~(missing <= sparse.missing)
+    few = torch.where(kept, p, 0.0) @ table.float()
+    soft = torch.where(dense[:, None], p.to(table.dtype) @ table, few.to(table.dtype))
+    return Guess(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing)
+
+
+def _plain(
+    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities [N, V] float32, argmax, sample and entropy [N]."""
+    z = softcap * torch.tanh(F.linear(h, table).float() / softcap) / temperature
+    logs = torch.log_softmax(z, -1)
+    p, argmax = logs.exp(), z.argmax(-1)
+    sample = (p.cumsum(-1) <= uniforms[:, None]).sum(-1)
+    sample = torch.where(sample < len(table), sample, argmax)
+    return p, argmax, sample, -(p * logs).sum(-1)
+
+
+# ---- launches ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """Statistics of logits [N, V], which are kept beside them."""
+
+    logits: Tensor
+    softcap: float
+    temperature: Tensor  # [] float32
+    argmax: Tensor  # [N] int64
+    sample: Tensor  # [N] int64
+    entropy: Tensor  # [N] float32, nats
+    top: Tensor  # [N] float32: the largest z
+    total: Tensor  # [N] float32: log2 Σ 2^z, so that p = 2^(z − total)
+
+
+def vocabulary(
+    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+) -> Guess:
+    """`Ops.vocabulary` of h [N, D] and table [V, D] (both bfloat16), temperature [] and uniforms [N].
+
+    A row that holds NaN gets NaN as its entropy and soft embedding and some valid ids; no other row does.
+    """
+
+    def block(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        said = _said(F.linear(x, table), softcap, temperature, u)
+        _probabilities_in_place(said)
+        return said.argmax, said.sample, said.entropy, said.logits @ table
+
+    return Guess(*_by_rows(block, h, uniforms))
+
+
+def sparse_vocabulary(
+    h: Tensor,
+    table: Tensor,
+    softcap: float,
+    temperature: Tensor | float,
+    uniforms: Tensor,
+    sparse: Sparse | None = None,
+) -> tuple[Guess, Tensor]:
+    """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
+
+    Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. Where
+    missing[n] is 0 the row was computed in full. The number of such rows is never read by the host:
+    programs of the product whose rows do not exist return at once, and with none the table is not read.
+    """
+    options = sparse or Sparse()
+
+    def block(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        said = _said(F.linear(x, table), softcap, temperature, u)
+        soft, missing = _sparse_soft(said, table, options)
+        return said.argmax, said.sample, said.entropy, soft, missing
+
+    *guess, missing = _by_rows(block, h, uniforms)
+    return Guess(*guess), missing
+
+
+def _by_rows(
+    block: Callable[[Tensor, Tensor], tuple[Tensor, ...]], h: Tensor, uniforms: Tensor
+) -> tuple[Tensor, ...]:
+    """`block` of ROWS rows at a time: no more logits than that are alive."""
+    load()
+    with torch.cuda.device_of(h):
+        parts = [block(*some) for some in zip(h.split(ROWS), uniforms.float().split(ROWS), strict=True)]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _said(logits: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor) -> _Said:
+    """Statistics of logits [N, V] as the head gives them, before the softcap."""
+    N, V = logits.shape
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, device=logits.device)
+    temperature = temperature.float()
+    splits = -(-V // WIDTH)
+    parts = logits.new_empty((3, N, splits), dtype=torch.float32)  # largest logit, mass, weighted
+    places = logits.new_empty((N, splits), dtype=torch.int32)
+    _statistics[(N, splits)](
+        logits, temperature, parts, places, N, V, softcap, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_statistics"]
+    )
+    ids = logits.new_empty((2, N), dtype=torch.int64)
+    values = logits.new_empty((3, N), dtype=torch.float32)  # entropy, top, total
+    _draw[(N,)](
+        logits, temperature, uniforms.contiguous(), parts, places, ids, values, N, V, splits, softcap,
+        WIDTH=WIDTH, TILE=TILE, SPLITS=power_of_two(splits), **OPTIONS["_draw"],
+    )  # fmt: skip
+    return _Said(logits, softcap, temperature, *ids, *values)
+
+
+def _probabilities_in_place(said: _Said, dense: Tensor | None = None) -> None:
+    """The plane of logits becomes probabilities, in rows that are `dense` or in all of them."""
+    N, V = said.logits.shape
+    _probabilities[(N, -(-V // WIDTH))](
+        said.logits, said.temperature, said.total, said.total if dense is None else dense, V, said.softcap,
+        SOME=dense is not None, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_probabilities"],
+    )  # fmt: skip
+
+
+def _sparse_soft(said: _Said, table: Tensor, sparse: Sparse) -> tuple[Tensor, Tensor]:
+    """Soft embedding [N, D] in the table's type, and the mass [N] that it leaves out."""
+    (N, V), D, keep = said.logits.shape, table.shape[1], sparse.keep
+    assert table.is_contiguous() and table.numel() < 2**31, (table.shape, table.stride())
+    splits = -(-V // WIDTH)
+    new = said.logits.new_empty
+    ids, shares = new((N, splits, keep), dtype=torch.int32), new((N, splits, keep), dtype=torch.float32)
+    counts, dropped = new((N, splits), dtype=torch.int32), new((N, splits), dtype=torch.float32)
+    limit = math.log2(sparse.ratio) if sparse.ratio > 0 else SHORTEST
+    _shortlist[(N, splits)](
+        said.logits, said.temperature, said.top, said.total, ids, shares, counts, dropped,
+        V, splits, said.softcap, limit, keep, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_shortlist"],
+    )  # fmt: skip
+    few_ids, few_shares = new((N, keep), dtype=torch.int32), new((N, keep), dtype=torch.float32)
+    few, dense = new(N, dtype=torch.int32), new(N, dtype=torch.int32)
+    missing = new(N, dtype=torch.float32)
+    _decide[(N,)](
+        ids, shares, counts, dropped, few_ids, few_shares, few, dense, missing, splits, keep, sparse.missing,
+        SPLITS=power_of_two(splits), KEEP=power_of_two(keep), **OPTIONS["_decide"],
+    )  # fmt: skip
+    _probabilities_in_place(said, dense)
+    ends = dense.cumsum(0)  # where a dense row stands among the dense, counted from 1
+    rows = torch.searchsorted(ends, torch.arange(1, N + 1, device=dense.device))  # N behind the last one
+    runs = _runs(N, D, V, said.logits.device)
+    partial = new((runs, N, D), dtype=torch.float32)
+    grid = (-(-N // PRODUCT["BM"]), -(-D // PRODUCT["BN"]), runs)
+    _product[grid](
+        said.logits, table, rows, ends, partial, N, V, D, -(-V // runs // PRODUCT["BK"]) * PRODUCT["BK"],
+        EVEN=V % PRODUCT["BK"] == 0, INTERPRET=interpreted(), **PRODUCT, **OPTIONS["_product"],
+    )  # fmt: skip
+    soft = table.new_empty((N, D))
+    _collect[(N, -(-D // COLUMNS))](
+        table, partial, ends, dense, few_ids, few_shares, few, soft, N, D, runs, keep,
+        COLUMNS=COLUMNS, GATHERED=GATHERED, **OPTIONS["_collect"],
+    )  # fmt: skip
+    return soft, missing
+
+
+def _runs(N: int, D: int, V: int, device: torch.device) -> int:
+    """Into how many runs of V the product is cut, to fill the GPU once."""
+    blocks = -(-N // PRODUCT["BM"]) * -(-D // PRODUCT["BN"])
+    return max(1, min(processors(device) // blocks, -(-V // PRODUCT["BK"])))
+
+
+# ---- kernels -----------------------------------------------------------------------------------------
+
+
+@kernel
+def _scaled(x, temperature, cap):
+    """softcap(x) / temperature · log2(e) of float32 x; ±∞ give ±cap, finite. tanh(a) = 1 − 2 / (e^2a + 1)."""
+    unit = cap * (1.4426950408889634 / temperature)
+    return unit - 2 * unit / (tl.exp2(x * (2.8853900817779268 / cap)) + 1)
+
+
+@kernel
+def _statistics(
+    logits, temperature, parts, places, N, V, cap, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Of one split of one row: the largest logit and its first place, Σ e and Σ e·(z − top), e = 2^(z − top).
+
+    `top` is the largest z so far; when it rises by δ, sums shrink by 2^−δ, and the second also by δ · Σ e.
+    """
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heat = tl.load(temperature)
+    place = split * WIDTH
+    peak = tl.full((), float("-inf"), tl.float32)
+    top = _scaled(peak, heat, cap)
+    mass = tl.zeros((), tl.float32)
+    weighted = tl.zeros((), tl.float32)
+    for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
+        at = a + tl.arange(0, TILE)
+        x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        best, where = tl.max(x, 0, return_indices=True)
+        place = tl.where(best > peak, a + where, place)
+        peak = tl.where(best > peak, best, peak)
+        old, top = top, _scaled(peak, heat, cap)
+        z = _scaled(x, heat, cap) - top
+        e = tl.where(at < V, tl.exp2(z), 0.0)
+        fade = tl.exp2(old - top)
+        weighted = fade * (weighted + mass * (old - top)) + tl.sum(e * z)
+        mass = fade * mass + tl.sum(e)
+    here = row * tl.num_programs(1) + split
+    plane = N * tl.num_programs(1)
+    tl.store(parts + here, peak)
+    tl.store(parts + plane + here, mass)
+    tl.store(parts + 2 * plane + here, weighted)
+    tl.store(places + here, place)
+
+
+@kernel
+def _draw(
+    logits, temperature, uniforms, parts, places, ids, values, N, V, splits, cap,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Of one row: its splits merged, and the first token whose cumulative mass exceeds uniform · mass.
+
+    The split in which it lies follows from the splits' masses, and only that one is read. Where rounding
+    leaves no token, the argmax is drawn; a token of mass 0 never is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    heat = tl.load(temperature)
+    split = tl.arange(0, SPLITS)
+    here = parts + row * splits + split
+    peaks = tl.load(here, mask=split < splits, other=float("-inf"))
+    mass = tl.load(here + N * splits, mask=split < splits, other=0.0)
+    weighted = tl.load(here + 2 * N * splits, mask=split < splits, other=0.0)
+    peak, first = tl.max(peaks, 0, return_indices=True)
+    top = _scaled(peak, heat, cap)
+    shift = _scaled(peaks, heat, cap) - top
+    fade = tl.exp2(shift)
+    weighted = tl.sum(fade * (weighted + mass * shift))
+    mass = fade * mass
+    total = tl.sum(mass)
+    argmax = tl.load(places + row * splits + tl.minimum(first, splits - 1))
+    tl.store(ids + row, argmax.to(tl.int64))
+    tl.store(values + row, 0.6931471805599453 * (tl.log2(total) - weighted / total))
+    tl.store(values + N + row, top)
+    tl.store(values + 2 * N + row, top + tl.log2(total))
+
+    reach = tl.cumsum(mass, 0)
+    goal = tl.load(uniforms + row) * total
+    chosen = tl.min(tl.where((reach > goal) & (mass > 0), split, SPLITS))
+    below = tl.sum(tl.where(split == chosen - 1, reach, 0.0))
+    start = chosen * WIDTH  # behind the vocabulary where no split is chosen
+    sample = V
+    for a in range(start, tl.minimum(start + WIDTH, V), TILE):
+        at = a + tl.arange(0, TILE)
+        x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        e = tl.where(at < V, tl.exp2(_scaled(x, heat, cap) - top), 0.0)
+        sums = below + tl.cumsum(e, 0)
+        sample = tl.minimum(sample, tl.min(tl.where((sums > goal) & (e > 0), at, V)))
+        below += tl.sum(e)
+    tl.store(ids + N + row, tl.where(sample < V, sample, argmax).to(tl.int64))
+
+
+@kernel
+def _probabilities(
+    logits, temperature, total, dense, V, cap, SOME: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """logits = 2^(z − total) in place, of one split of a row; where SOME, of `dense` rows only."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if SOME:  # noqa: SIM102, a condition on the host and one on the device
+        if tl.load(dense + row) == 0:
+            return
+    heat = tl.load(temperature)
+    whole = tl.load(total + row)
+    for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
+        at = a + tl.arange(0, TILE)
+        here = logits + row * V + at
+        x = tl.load(here, mask=at < V, other=0.0).to(tl.float32)
+        p = tl.exp2(_scaled(x, heat, cap) - whole)
+        tl.store(here, p.to(logits.dtype.element_ty), mask=at < V)
+
+
+@kernel
+def _shortlist(
+    logits, temperature, top, total, ids, shares, counts, dropped, V, splits, cap, limit, keep,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of one split of a row: its first `keep` tokens with z > top + limit, and the mass of all others."""
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heat = tl.load(temperature)
+    least = tl.load(top + row) + limit
+    whole = tl.load(total + row)
+    here = row * splits + split
+    count = 0
+    rest = tl.zeros((), tl.float32)
+    for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
+        at = a + tl.arange(0, TILE)
+        x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        z = _scaled(x, heat, cap)
+        p = tl.where(at < V, tl.exp2(z - whole), 0.0)
+        good = (at < V) & (z > least)
+        rank = count + tl.cumsum(good.to(tl.int32), 0) - 1
+        kept = good & (rank < keep)
+        tl.store(ids + here * keep + rank, at, mask=kept)
+        tl.store(shares + here * keep + rank, p, mask=kept)
+        rest += tl.sum(tl.where(kept, 0.0, p))
+        count += tl.sum(good.to(tl.int32))
+    tl.store(counts + here, tl.minimum(count, keep))
+    tl.store(dropped + here, rest)
+
+
+@kernel
+def _decide(
+    ids, shares, counts, dropped, few_ids, few_shares, few, dense, missing, splits, keep, most,
+    SPLITS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The splits' lists of a row as one, cut to `keep`; whether the row is `dense` for all that they miss."""
+    row = tl.program_id(0).to(tl.int64)
+    split, slot = tl.arange(0, SPLITS), tl.arange(0, KEEP)
+    count = tl.load(counts + row * splits + split, mask=split < splits, other=0)
+    rest = tl.sum(tl.load(dropped + row * splits + split, mask=split < splits, other=0.0))
+    place = (tl.cumsum(count, 0) - count)[:, None] + slot[None, :]  # [SPLITS, KEEP]
+    listed = slot[None, :] < count[:, None]
+    here = (row * splits + split)[:, None] * keep + slot[None, :]
+    token = tl.load(ids + here, mask=listed, other=0)
+    share = tl.load(shares + here, mask=listed, other=0.0)
+    kept = listed & (place < keep)
+    tl.store(few_ids + row * keep + place, token, mask=kept)
+    tl.store(few_shares + row * keep + place, share, mask=kept)
+    rest += tl.sum(tl.sum(tl.where(kept, 0.0, share), 1), 0)
+    sparse = rest <= most  # NaN is not
+    tl.store(few + row, tl.minimum(tl.sum(count), keep))
+    tl.store(dense + row, tl.where(sparse, 0, 1))
+    tl.store(missing + row, tl.where(sparse, rest, 0.0))
+
+
+@kernel
+def _product(
+    p, table, rows, ends, partial, N, V, D, span, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """partial[run, i] = Σ_v p[rows[i], v] · table[v] over a run of `span` tokens, for dense rows i only.
+
+    EVEN: `span` tokens are whole blocks in every run, so that loads need no mask along them.
+    """
+    count = tl.load(ends + N - 1)
+    first = tl.program_id(0) * BM
+    if first >= count:
+        return
+    slot = first + tl.arange(0, BM)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    some = (slot < count)[:, None]
+    row = tl.load(rows + slot, mask=slot < count, other=0).to(tl.int32)
+    start, k = tl.program_id(2) * span, tl.arange(0, BK)
+    at_p = p + (row[:, None] * V + k[None, :])  # 32 bits hold ROWS · V and V · D
+    at_table = table + (k[:, None] * D + column[None, :])
+    sums = tl.zeros((BM, BN), tl.float32)
+    for a in range(start, tl.minimum(start + span, V), BK):
+        left, right = some, (column < D)[None, :]
+        if not EVEN:
+            left, right = left & (a + k < V)[None, :], right & (a + k < V)[:, None]
+        x = tl.load(at_p + a, mask=left, other=0.0)
+        y = tl.load(at_table + a * D, mask=right, other=0.0)
+        if INTERPRET:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        sums = tl.dot(x, y, sums, input_precision="ieee")
+    here = partial + (tl.program_id(2) * N + slot).to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(here, sums, mask=some & (column < D)[None, :])
+
+
+@kernel
+def _collect(
+    table, partial, ends, dense, few_ids, few_shares, few, soft, N, D, runs, keep,
+    COLUMNS: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a row of `soft`: the sum of the product's parts, or of the kept tokens' table rows."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if tl.load(dense + row) == 1:
+        slot = tl.load(ends + row) - 1
+        for run in range(runs):
+            here = partial + (run * N + slot).to(tl.int64) * D + column
+            total += tl.load(here, mask=column < D, other=0.0)
+    else:
+        count = tl.load(few + row)
+        for a in range(0, count, GATHERED):
+            at = a + tl.arange(0, GATHERED)
+            token = tl.load(few_ids + row * keep + at, mask=at < count, other=0).to(tl.int64)
+            share = tl.load(few_shares + row * keep + at, mask=at < count, other=0.0)
+            there = table + token[:, None] * D + column[None, :]
+            y = tl.load(there, mask=(at < count)[:, None] & (column < D)[None, :], other=0.0)
+            total += tl.sum(y.to(tl.float32) * share[:, None], 0)
+    tl.store(soft + row * D + column, total.to(soft.dtype.element_ty), mask=column < D)

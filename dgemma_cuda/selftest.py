@@ -1,0 +1,160 @@
+"""The kernels on this machine's GPU, against their plain twins, at the released sizes with random data.
+
+Each check says how far the kernel is from its twin, what the bound is, and what both cost. Where there is no
+GPU the report says so, and what was not checked: kernels interpreted on a CPU are the test suite's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dgemma.config import Config
+from dgemma.quantized import NVFP4
+from dgemma.spec import Param
+
+from .bench import ceilings, clock
+from .kernels import attention, moe, vocabulary
+from .ops import CudaOps
+from .synthetic import random_record
+
+REPEATS = 10
+
+
+@dataclass(frozen=True)
+class Check:
+    """A kernel and its twin: largest difference over the largest value, milliseconds, bytes moved."""
+
+    name: str
+    error: float
+    bound: float
+    ms: float
+    plain_ms: float
+    nbytes: int
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound  # NaN is not
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    got, wanted = got.float(), wanted.float()
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def checks(ops: CudaOps, config: Config, context: int) -> Iterator[Check]:
+    """The checks, one after the other, at this geometry."""
+    generator = torch.Generator(ops.device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=ops.device, dtype=ops.dtype)
+
+    yield _experts(ops, config, normal, generator)
+    for kind in ("sliding_attention", "full_attention"):
+        yield _attention(ops, config, kind, context, normal)
+    yield from _vocabulary(ops, config, normal)
+
+
+def _timed(
+    ops: CudaOps, name: str, bound: float, nbytes: int, kernel: Callable[[], Any], plain: Callable[[], Any]
+) -> Check:
+    error = difference(kernel(), plain())
+    # Twins may read the host, which a recording must not: they are timed as they run.
+    times = clock(ops, kernel, REPEATS), clock(ops, plain, 3, record=False)
+    return Check(name, error, bound, *times, nbytes)
+
+
+Normal = Callable[..., torch.Tensor]
+
+
+def _experts(ops: CudaOps, config: Config, normal: Normal, generator: torch.Generator) -> Check:
+    """One layer's experts for one canvas."""
+    D, M, E = config.hidden_size, config.expert_size, config.num_experts
+    shapes = {"gate_up": (E, 2 * M, D), "down": (E, D, M)}
+    stacks = [
+        moe.tile_stack(random_record(ops, Param(name, shape, "experts"), NVFP4, generator), name)
+        for name, shape in shapes.items()
+    ]
+    x = normal(config.canvas_length, D)
+    scores = torch.rand(len(x), E, generator=generator, device=ops.device)
+    weights, ids = ops.top_k(torch.softmax(scores, -1), config.top_k)
+    args = (x, weights.float(), ids, *stacks)
+    nbytes = sum(stack.nbytes for stack in stacks)
+    return _timed(ops, "experts", 2**-5, nbytes, lambda: moe.experts(*args), lambda: moe.experts_plain(*args))
+
+
+def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: Normal) -> Check:
+    """A canvas over its context, in a layer of this kind, with a row's padding in front."""
+    layer = next(layer for layer in config.layers if layer.kind == kind)
+    L, C = config.canvas_length, layer.head_dim
+    slots = L + (min(context, layer.window - 1) if layer.window else context)
+    q = normal(1, config.heads, L, C) * C**-0.5
+    k, v = (normal(1, layer.kv_heads, slots, C) for _ in range(2))
+    pad = torch.tensor([3], device=ops.device)
+    args = (q, k, v, pad, False, None)
+    nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
+    return _timed(
+        ops,
+        f"attention, heads of {C}",
+        2**-6,
+        nbytes,
+        lambda: attention.attention(*args),
+        lambda: attention.attention_plain(*args),
+    )
+
+
+def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]:
+    """Entropy and soft embedding of one canvas."""
+    D, V, N = config.hidden_size, config.vocab_size, config.canvas_length
+    table, h = normal(V, D) * D**-0.5, normal(N, D)
+    uniforms, heat = torch.rand(N, device=ops.device), torch.tensor(0.6, device=ops.device)
+    args = (h, table, config.softcap, heat, uniforms)
+    nbytes = 2 * table.nbytes + 3 * 2 * N * V
+    for field, bound in (("entropy", 1e-2), ("soft", 2**-5)):
+        yield _timed(
+            ops,
+            f"vocabulary, {field}",
+            bound,
+            nbytes,
+            lambda field=field: getattr(vocabulary.vocabulary(*args), field),  # type: ignore[misc]
+            lambda field=field: getattr(vocabulary.vocabulary_plain(*args), field),  # type: ignore[misc]
+        )
+
+
+def run(ops: CudaOps, config: Config, context: int = 1024) -> dict[str, Any]:
+    """The whole report, ready for JSON; `ok` is None where nothing could be checked."""
+    if reason := moe.supported(ops.device):
+        return {"device": str(ops.device), "ok": None, "why": reason, "checks": []}
+    with torch.inference_mode():
+        limits = ceilings(ops)
+        done = list(checks(ops, config, context))
+    return {
+        "device": torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else "cpu, interpreted",
+        "ok": all(check.ok for check in done),
+        "why": None,
+        "ceilings": limits,
+        "checks": [asdict(check) | {"ok": check.ok} for check in done],
+    }
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The report of `run` to read."""
+    from dgemma.info import table
+
+    if report["ok"] is None:
+        return (
+            f"{report['device']}: no kernel was checked, because {report['why']}. Nothing is missing without "
+            "one: the backend runs on PyTorch's own operations."
+        )
+    copy = report["ceilings"]["bytes_per_s"] / 1e9
+    rows = [["check", "error", "bound", "", "ms", "plain ms", "GB/s", "of the copy's"]]
+    for c in report["checks"]:
+        speed = c["nbytes"] / c["ms"] / 1e6
+        verdict = "ok" if c["ok"] else "WRONG"
+        figures = f"{c['ms']:.3f}", f"{c['plain_ms']:.2f}", f"{speed:,.0f}", f"{speed / copy:.0%}"
+        rows.append([c["name"], f"{c['error']:.2g}", f"{c['bound']:.2g}", verdict, *figures])
+    return "\n".join([f"{report['device']}; a copy moves {copy:,.0f} GB/s", "", *table(rows)])
