@@ -24,6 +24,7 @@ from dgemma.quantized import NVFP4, Quantized
 from .cache import BucketCache
 from .graphs import Graphed
 from .kernels import attention, moe, vocabulary
+from .kernels.launch import supported
 from .kernels.layout import Tiled, untile
 from .staging import Staging
 
@@ -171,7 +172,7 @@ class CudaOps(Ops):
         """Whether our kernels run: on a GPU that has them, in bfloat16."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return False
-        if reason := moe.supported(self.device):
+        if reason := supported(self.device):
             print(f"dgemma: {reason}; PyTorch's own operations run instead, slower", file=sys.stderr)
         return reason is None
 
@@ -245,4 +246,6 @@ def make(dtype: str | None, device: str | None) -> CudaOps:
         raise BackendError(f"device {device!r} is not usable: {reason}") from None
     if dtype is None:
         dtype = "float32" if place.type == "cpu" else "bfloat16"
+    # A soft embedding sums over the whole vocabulary: not in bfloat16, which cuBLAS may do otherwise.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return CudaOps(place, getattr(torch, dtype))

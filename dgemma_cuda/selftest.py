@@ -18,6 +18,7 @@ from dgemma.spec import Param
 
 from .bench import ceilings, clock
 from .kernels import attention, moe, vocabulary
+from .kernels.launch import supported
 from .ops import CudaOps
 from .synthetic import random_record
 
@@ -127,7 +128,7 @@ def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]
 
 def run(ops: CudaOps, config: Config, context: int = 1024) -> dict[str, Any]:
     """The whole report, ready for JSON; `ok` is None where nothing could be checked."""
-    if reason := moe.supported(ops.device):
+    if reason := supported(ops.device):
         return {"device": str(ops.device), "ok": None, "why": reason, "checks": []}
     with torch.inference_mode():
         limits = ceilings(ops)

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .vocabulary import interpreted, kernel, load, power_of_two, processors, supported
+from .launch import interpreted, kernel, load, power_of_two, processors
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-__all__ = ["attention", "attention_plain", "supported"]
 
 Tensor = torch.Tensor
 

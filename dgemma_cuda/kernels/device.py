@@ -51,11 +51,6 @@ UNIT = tl.constexpr(2.0**19)  # what the decoded weights of a sum lack
 OPERANDS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 5))
 
 
-def power_of_two(n: int) -> int:
-    """The next power of two, at least `n`."""
-    return 1 << (n - 1).bit_length()
-
-
 @triton.jit
 def plan(ids, slots, owners, picks, count, E: tl.constexpr, BINS: tl.constexpr, M: tl.constexpr):
     """See `plan.plan`. One program an expert: where it begins follows from the counts of all experts."""

@@ -11,15 +11,14 @@ scheduling, as it would with atomic additions. The price is that weights come in
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
 from dgemma.quantized import Quantized
 
+from .launch import power_of_two
 from .layout import Tiled, tile, untile
 from .plan import Plan, plan
 
@@ -45,20 +44,6 @@ CONFIGS: dict[tuple[int, int], Config] = {
     for arch in CANVAS_ROWS
     for rows in (16, 32, 64)
 }
-
-
-def supported(device: torch.device) -> str | None:
-    """Why the kernels do not run on `device`, in a sentence, or None where they do."""
-    if find_spec("triton") is None:
-        return "the NVFP4 kernels need Triton, which is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"the NVFP4 kernels need an NVIDIA GPU, and this is the device {str(device)!r}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the NVFP4 kernels need compute capability 8.0 or more, and this GPU has {major}.{minor}"
-    return None
 
 
 def architecture(device: torch.device) -> int:
@@ -157,7 +142,7 @@ def combined(y: torch.Tensor, K: int) -> torch.Tensor:
     from . import device
 
     out = y.new_empty((len(y) // K, y.shape[1]))
-    columns = min(1024, device.power_of_two(y.shape[1]))
+    columns = min(1024, power_of_two(y.shape[1]))
     with torch.cuda.device_of(y):
         device.combine[(len(out), -(-y.shape[1] // columns))](y, out, y.shape[1], K=K, C=columns)
     return out

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .launch import power_of_two
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -41,7 +43,7 @@ def plan(ids: torch.Tensor, experts: int, rows: int) -> Plan:
     slots = torch.empty(count * rows, dtype=torch.int32, device=ids.device)
     owners = torch.empty(count, dtype=torch.int32, device=ids.device)
     ids = ids.contiguous()
-    bins = device.power_of_two(experts)
+    bins = power_of_two(experts)
     with torch.cuda.device_of(ids):
         device.plan[(experts,)](ids, slots, owners, ids.numel(), count, E=experts, BINS=bins, M=rows)
     return Plan(slots, owners, rows)

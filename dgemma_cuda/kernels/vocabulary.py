@@ -18,17 +18,16 @@ Kernels compute in powers of two: z = logit / temperature · log2(e), whose expo
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from dgemma.ops import Guess
+
+from .launch import interpreted, kernel, load, power_of_two, processors
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -65,63 +64,6 @@ class Sparse:
     ratio: float = 1e-5
     keep: int = 64
     missing: float = 1e-3
-
-
-def supported(device: str | torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, in a sentence, or None."""
-    device = torch.device(device)
-    if find_spec("triton") is None:
-        return "the kernels need Triton, which is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"the kernels need an NVIDIA GPU, and the device is {str(device)!r}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the kernels need compute capability 8.0 or more, and this GPU has {major}.{minor}"
-    return None
-
-
-# ---- Triton, by the first launch ---------------------------------------------------------------------
-
-MARKED: list[Callable[..., Any]] = []
-
-
-def kernel(fn: Callable[..., Any]) -> Any:
-    """Mark a function of any module for Triton, to which `load` hands it when a launch is due."""
-    MARKED.append(fn)
-    return fn
-
-
-def load() -> None:
-    """Import Triton, and replace what is marked by what it compiles."""
-    if MARKED:
-        import triton
-        import triton.language
-    while MARKED:
-        fn = MARKED.pop()
-        fn.__globals__["tl"] = triton.language
-        fn.__globals__[fn.__name__] = triton.jit(fn)
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, whose `tl.dot` takes bfloat16 for integers."""
-    from triton import knobs
-
-    return knobs.runtime.interpret
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; a few for the interpreter, so that it cuts as well."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def power_of_two(n: int) -> int:
-    """The next power of two, at least `n`."""
-    return 1 << (n - 1).bit_length()
 
 
 # ---- the plain twins ---------------------------------------------------------------------------------

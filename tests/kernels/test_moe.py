@@ -19,7 +19,7 @@ from tests.compare import EPS, close
 
 torch = pytest.importorskip("torch")
 
-from dgemma_cuda.kernels import layout, moe  # noqa: E402
+from dgemma_cuda.kernels import launch, layout, moe  # noqa: E402
 from dgemma_cuda.kernels.plan import plan, plan_plain  # noqa: E402
 
 
@@ -223,12 +223,12 @@ def test_architecture(capability: tuple[int, int], arch: int, monkeypatch: pytes
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "find_spec", lambda name: object())
+    monkeypatch.setattr(launch, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "'cpu'" in str(moe.supported(torch.device("cpu")))
+    assert "'cpu'" in str(launch.supported(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "7.5" in str(moe.supported(torch.device("cuda")))
+    assert "7.5" in str(launch.supported(torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert moe.supported(torch.device("cuda")) is None
-    monkeypatch.setattr(moe, "find_spec", lambda name: None)
-    assert "not installed" in str(moe.supported(torch.device("cuda")))
+    assert launch.supported(torch.device("cuda")) is None
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert "not installed" in str(launch.supported(torch.device("cuda")))

@@ -266,18 +266,6 @@ def test_sparse_rows_beyond_the_cap_keep_the_first_tokens(device: torch.device) 
     np.testing.assert_allclose(float64(guess.soft), [[3.5]], rtol=2.0**-8)
 
 
-def test_supported_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "NVIDIA GPU" in (vocabulary.supported("cpu") or "")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "7.5" in (vocabulary.supported("cuda") or "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert vocabulary.supported("cuda") is None
-    monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
-    assert "Triton" in (vocabulary.supported("cuda") or "")
-
-
 def test_importing_the_kernels_imports_no_triton() -> None:
     code = "import sys, dgemma_cuda.kernels.attention; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -88,6 +88,6 @@ def test_kernels_are_for_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert not CudaOps(dtype=torch.bfloat16).kernels
     ops = CudaOps(dtype=torch.bfloat16)
     ops.device = torch.device("cuda")
-    monkeypatch.setattr("dgemma_cuda.kernels.moe.find_spec", lambda name: None)
+    monkeypatch.setattr("dgemma_cuda.kernels.launch.find_spec", lambda name: None)
     assert (ops.kernels, ops.kernels) == (False, False)
     assert capsys.readouterr().err.count("need Triton, which is not installed") == 1
