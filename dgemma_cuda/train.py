@@ -102,12 +102,12 @@ class Batch:
 class Sampler:
     """Endless batches of training examples, one bucket of context length at a time."""
 
-    def __init__(self, canvas_length: int):
+    def __init__(self, canvas_length: int, mixture: Mapping[str, float] = MIXTURE):
         self.canvas_length = canvas_length
         self.tokenizer = tiny_tokenizer.build_tokenizer()
         self.template = ChatTemplate(tiny_tokenizer.chat_template(), {"bos_token": "<bos>"})
-        names = list(MIXTURE)
-        shares = np.array([MIXTURE[name] for name in names])
+        names = list(mixture)
+        shares = np.array([mixture[name] for name in names])
         self.names, self.shares = names, shares / shares.sum()
 
     def encode(self, example: tasks.Example) -> tuple[list[int], list[int]]:
@@ -291,8 +291,19 @@ def write_checkpoint(trainer: Trainer, folder: Path) -> None:
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @click.option("--compile/--no-compile", "compiled", default=True, help="Needs a C++ compiler.")
 @click.option("--warm", type=click.Path(path_type=Path), help="Start from the weights of this checkpoint.")
+@click.option(
+    "--mix", type=(click.Choice(list(MIXTURE)), float), multiple=True, help="Draw a task that often: think 8."
+)
 def main(
-    steps: int, state: Path, out: Path, seed: int, lr: float, dtype: str, compiled: bool, warm: Path | None
+    steps: int,
+    state: Path,
+    out: Path,
+    seed: int,
+    lr: float,
+    dtype: str,
+    compiled: bool,
+    warm: Path | None,
+    mix: tuple[tuple[str, float], ...],
 ) -> None:
     config = read_config(CONFIG)
     trainer = Trainer(config, getattr(torch, dtype), compiled, seed)
@@ -300,7 +311,7 @@ def main(
         load_weights(trainer, load_file(warm / "model.safetensors"))
     first = load_state(trainer, state)
     rng = torch.Generator().manual_seed(seed * 1_000_003 + first)
-    batches = Sampler(config.canvas_length).batches(np.random.default_rng([seed, first]))
+    batches = Sampler(config.canvas_length, MIXTURE | dict(mix)).batches(np.random.default_rng([seed, first]))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     average = 0.0
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
