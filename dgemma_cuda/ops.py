@@ -36,6 +36,7 @@ class CudaOps(Ops):
 
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device, self.dtype = torch.device(device), dtype
+        self.reads_host = False  # whether some expert product had to: such steps cannot be recorded
 
     def asarray(self, x: np.ndarray) -> Array:
         x = np.asarray(x)
@@ -138,6 +139,7 @@ class CudaOps(Ops):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
         # Reads the host: for records, which are widened one expert at a time, for comparisons in float32
         # on a GPU and for odd test sizes.
+        self.reads_host = True
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
             F.linear(rows, self.dense(weight[expert]))
@@ -164,8 +166,11 @@ class CudaOps(Ops):
         return BucketCache(self, config) if self.device.type == "cuda" else Cache(self, config)
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        """Steps are recorded as CUDA graphs; all else runs as it is."""
-        return Graphed(fn) if repeats and self.device.type == "cuda" else fn
+        """Steps are recorded as CUDA graphs, unless the prefill showed that they read the host."""
+        if not repeats or self.device.type != "cuda":
+            return fn
+        graphed = Graphed(fn)
+        return lambda *args: fn(*args) if self.reads_host else graphed(*args)
 
     @cached_property
     def kernels(self) -> bool:

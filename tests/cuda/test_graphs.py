@@ -11,6 +11,7 @@ from dgemma.checkpoint import Checkpoint
 from dgemma.engine import Done
 from dgemma.model import Model
 from dgemma.numpy_ops import NumpyOps
+from dgemma.quantized import FP8, quantize
 from dgemma.tiny import MODEL_DIR
 
 torch = pytest.importorskip("torch")
@@ -154,6 +155,22 @@ def test_only_what_changed_is_copied() -> None:
     assert copied == [new]
     assert torch.equal(graphed(new, torch.zeros(4))[0], torch.full((4,), 2.0))
     assert len(copied) == 2
+
+
+def test_steps_that_read_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records without a kernel are widened expert by expert, which a recording cannot hold."""
+    recorded: list[Any] = []
+    monkeypatch.setattr("dgemma_cuda.ops.Graphed", lambda fn: lambda *args: recorded.append(args))
+    ops = CudaOps()
+    ops.device = torch.device("cuda")
+    step = ops.compile(lambda x: x + 1, repeats=True)
+    step(1)
+    assert recorded == [(1,)]
+    weight = quantize(np.ones((2, 4, 32), np.float32), FP8).map(torch.from_numpy)
+    ops.expert_linear(torch.ones(3, 32), weight, torch.tensor([0, 0, 1]))
+    assert step(1) == 2
+    assert len(recorded) == 1
+    assert ops.compile(len) is len
 
 
 # ---- what a recording must not do ---------------------------------------------------------------
