@@ -124,6 +124,21 @@ def linears(param: Param) -> Iterator[tuple[str, Place | None, tuple[int, int]]]
             yield f"{root}.{expert}.{name}", place, (height, inputs)
 
 
+def nvfp4_pieces(
+    path: str, place: Place | None, shape: tuple[int, int], names: tuple[str, str, str, str]
+) -> Iterator[Piece]:
+    """The tensors of one NVFP4 linear layer [O, I] under their four names: codes, block scales, factor, and
+    the scale of activations, which is not needed. Scalars are written as [] and read as [1], too.
+    """
+    rows, inputs = shape
+    codes, scales, factor, unused = (f"{path}.{name}" for name in names)
+    scalar: tuple[tuple[int, ...], ...] = ((), (1,))
+    yield Piece(codes, "codes", ("U8",), ((rows, inputs // 2),), place)
+    yield Piece(scales, "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
+    yield Piece(factor, "factor", ("F32",), scalar, place)
+    yield Piece(unused, "unused", ("F32",), scalar, place)
+
+
 def matches(path: str, pattern: str) -> bool:
     """Whether an exclusion pattern names a module or one that it lies in.
 

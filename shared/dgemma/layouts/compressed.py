@@ -17,7 +17,19 @@ from typing import Any
 from dgemma.quantized import FP8, NVFP4, Form
 from dgemma.spec import Param
 
-from . import FLOATS, Layout, Piece, check_experts, is_linear, linears, matches, module, strings, unsupported
+from . import (
+    FLOATS,
+    Layout,
+    Piece,
+    check_experts,
+    is_linear,
+    linears,
+    matches,
+    module,
+    nvfp4_pieces,
+    strings,
+    unsupported,
+)
 
 
 class CompressedLayout(Layout):
@@ -64,15 +76,14 @@ class CompressedLayout(Layout):
             return
         check_experts(param, self.names, self.where)
         for path, place, (rows, inputs) in linears(param):
-            if form == FP8:
-                yield Piece(f"{path}.weight", "codes", ("F8_E4M3",), ((rows, inputs),), place)
-                yield Piece(f"{path}.weight_scale", "factor", FLOATS, ((rows, 1), (rows,)), place)
+            if form == NVFP4:
+                yield from nvfp4_pieces(path, place, (rows, inputs), _NVFP4_NAMES)
                 continue
-            scalar: tuple[tuple[int, ...], ...] = ((1,), ())
-            yield Piece(f"{path}.weight_packed", "codes", ("U8",), ((rows, inputs // 2),), place)
-            yield Piece(f"{path}.weight_scale", "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
-            yield Piece(f"{path}.weight_global_scale", "factor", ("F32",), scalar, place)
-            yield Piece(f"{path}.input_global_scale", "unused", ("F32",), scalar, place)
+            yield Piece(f"{path}.weight", "codes", ("F8_E4M3",), ((rows, inputs),), place)
+            yield Piece(f"{path}.weight_scale", "factor", FLOATS, ((rows, 1), (rows,)), place)
+
+
+_NVFP4_NAMES = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
 
 
 def _wildcard(pattern: str) -> str | None:

@@ -17,7 +17,18 @@ from typing import Any
 from dgemma.quantized import NVFP4, Form
 from dgemma.spec import Param
 
-from . import Layout, Piece, check_experts, is_linear, linears, matches, module, strings, unsupported
+from . import (
+    Layout,
+    Piece,
+    check_experts,
+    is_linear,
+    linears,
+    matches,
+    module,
+    nvfp4_pieces,
+    strings,
+    unsupported,
+)
 
 
 class ModelOptLayout(Layout):
@@ -50,9 +61,8 @@ class ModelOptLayout(Layout):
             yield from super().pieces(param, form)
             return
         check_experts(param, self.names, self.where)
-        for path, place, (rows, inputs) in linears(param):
-            scalar: tuple[tuple[int, ...], ...] = ((), (1,))
-            yield Piece(f"{path}.weight", "codes", ("U8",), ((rows, inputs // 2),), place)
-            yield Piece(f"{path}.weight_scale", "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
-            yield Piece(f"{path}.weight_scale_2", "factor", ("F32",), scalar, place)
-            yield Piece(f"{path}.input_scale", "unused", ("F32",), scalar, place)
+        for path, place, shape in linears(param):
+            yield from nvfp4_pieces(path, place, shape, _NAMES)
+
+
+_NAMES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
