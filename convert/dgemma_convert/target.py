@@ -16,7 +16,7 @@ Forms = Mapping[str, Form | None]  # by parameter name
 
 
 class Target:
-    """Base of the formats that can be written; one instance a conversion."""
+    """Base of the formats that can be written. What it says itself is the plain one, quantizing nothing."""
 
     name = ""
     stores: tuple[str, ...] = ()  # modes beside bf16
@@ -28,11 +28,11 @@ class Target:
 
     def layout(self, table: Sequence[Param], forms: Forms, factored: Collection[str]) -> Layout:
         """The layout to cut tensors by; `factored`: names of the parameters whose records have a factor."""
-        raise NotImplementedError
+        return Layout()
 
     def announce(self, config: dict[str, Any], table: Sequence[Param], forms: Forms) -> dict[str, Any]:
         """config.json of the output, from the source's without its own announcement."""
-        raise NotImplementedError
+        return config
 
     def files(self, table: Sequence[Param], forms: Forms) -> Mapping[str, Any]:
         """Further JSON files by name."""
