@@ -1,24 +1,11 @@
-"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter.
-
-The interpreter has to be chosen before Triton is imported, hence here and not in a fixture.
-"""
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
-
-if find_spec("torch") and find_spec("triton"):
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
-        import triton
-
-        assert triton.knobs.runtime.interpret
 
 
 @pytest.fixture
