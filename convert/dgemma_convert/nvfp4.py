@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import dgemma
+from dgemma.checkpoint import HF_QUANT_CONFIG
 from dgemma.errors import ConfigError
 from dgemma.layouts import Layout, is_linear
 from dgemma.layouts.modelopt import ModelOptLayout
@@ -81,7 +82,7 @@ class Nvfp4Target(Target):
             "group_size": 16,
             "exclude_modules": _excluded(table, forms),
         }
-        return {"hf_quant_config.json": {"producer": _PRODUCER, "quantization": quantization}}
+        return {HF_QUANT_CONFIG: {"producer": _PRODUCER, "quantization": quantization}}
 
 
 _PRODUCER = {"name": "dgemma", "version": dgemma.__version__}

@@ -73,7 +73,7 @@ class Recipe:
 def recipe(preset: Words, settings: Sequence[str], table: Sequence[Param], known: Sequence[str]) -> Recipe:
     """The preset with settings `class=form` or `module=form` on top.
 
-    `table` holds the modules that there are, `known` the forms that the target stores, as words. ConfigError
+    `table` holds the modules that there are, `known` the modes that the target stores. ConfigError
     says what is wrong with a setting.
     """
     words = dict(preset)
@@ -88,7 +88,7 @@ def recipe(preset: Words, settings: Sequence[str], table: Sequence[Param], known
         if name not in CLASSES and name not in modules and name != VISION_PROJECTION:
             raise ConfigError(f"no class or module {name!r}; classes: {', '.join(CLASSES)}")
         forms[name] = form = parse_form(word)
-        if form is not None and not any(form.mode == k or k == "affine" == form.mode for k in known):
+        if form is not None and form.mode not in known:
             raise ConfigError(f"{name}={word}: this target stores {', '.join(['bf16', *known])}")
         is_router = name == "router" or (name in modules and modules[name].group == "router")
         if form is not None and is_router and form.bits < 8:

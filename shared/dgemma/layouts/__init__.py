@@ -52,7 +52,7 @@ class Source:
 
 
 class Layout:
-    """A format, for a checkpoint with tensors of these `names`: what is announced, they confirm.
+    """A format, for a checkpoint with tensors of these `names`: what is announced (in `where`), they confirm.
 
     This base is the unquantized one: every parameter one tensor under Hugging Face's name. MLX adds
     `.weight` to the names of experts, quantized or not.
@@ -60,8 +60,8 @@ class Layout:
 
     name = "unquantized"
 
-    def __init__(self, names: Collection[str] = ()):
-        self.names = names
+    def __init__(self, names: Collection[str] = (), where: str = ""):
+        self.names, self.where = names, where
 
     def form(self, param: Param) -> Form | None:
         """How `param` is stored, None for not quantized."""

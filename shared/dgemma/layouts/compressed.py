@@ -38,8 +38,7 @@ class CompressedLayout(Layout):
     name = "compressed-tensors"
 
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
-        super().__init__(names)
-        self.where = where
+        super().__init__(names, where)
         groups = announcement.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, Mapping) else []
         self.announced = {_group_form(group, announcement, where) for group in groups if group}

@@ -29,8 +29,7 @@ class MlxLayout(Layout):
     name = "mlx"
 
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
-        super().__init__(names)
-        self.where = where
+        super().__init__(names, where)
         self.default = self._form(announcement, "quantization")
         # mlx-vlm writes some paths with the name of the wrapper in front.
         self.overrides = {

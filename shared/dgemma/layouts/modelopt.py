@@ -37,8 +37,7 @@ class ModelOptLayout(Layout):
     name = "modelopt"
 
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
-        super().__init__(names)
-        self.where = where
+        super().__init__(names, where)
         for key, supported in (("quant_algo", "NVFP4"), ("group_size", 16)):
             if announcement.get(key, supported) != supported:
                 raise unsupported(where, f"ModelOpt {key} {reprlib.repr(announcement[key])}")
