@@ -139,12 +139,11 @@ class Bench:
             for part, w in zip(share, layers, strict=True)
         )
         flops = 6 * len(layers) * self.tokens * config.top_k * config.hidden_size * config.expert_size
-        ms = clock(ops, lambda: [graph.moe(run, w, h) for w in layers], repeats)
+        ms = clock(ops, lambda: [graph.moe(run, w, h, h.float()) for w in layers], repeats)
         return Part("experts", ms, int(size), flops)
 
     def _touched(self, w: LayerWeights, h: torch.Tensor) -> torch.Tensor:
-        config, r = self.model.config, w.router
-        _, ids = self.ops.router(h, r.proj, r.scale, r.expert_scale, config.top_k, config.rms_eps)
+        _, ids = self.ops.router(h.float(), w.router.proj, w.router.expert_scale, self.model.config.top_k)
         return ids.unique()
 
     def _attention(self, repeats: int) -> Part:

@@ -46,32 +46,23 @@ def attention(
     """Attention of x [B, L, D] over `past` and itself -> output [B, L, D], own keys and values."""
     ops = run.ops
     q, k, v = project(run, layer, w, bias, x)
-    own = (k, v)
-    if past is not None:
-        k, v = ops.concat([past[0], k], 2), ops.concat([past[1], v], 2)
     B, H, L, C = q.shape
-    pad = (k.shape[2] - L) - run.offset if run.ragged else None
-    y = ops.attention(q, k, v, pad, run.causal, layer.window)
+    pad = (0 if past is None else past[0].shape[2]) - run.offset if run.ragged else None
+    y = ops.attend(q, (k, v), past, pad, run.causal, layer.window)
     y = ops.transpose(y, 0, 2, 1, 3).reshape(B, L, H * C)
-    return ops.linear(y, w.o, bias.o), own
+    return ops.linear(y, w.o, bias.o), (k, v)
 
 
 def project(
     run: Pass, layer: LayerConfig, w: AttentionWeights, bias: BiasWeights, x: Array
 ) -> tuple[Array, Array, Array]:
     """q [B, H, L, C] and k, v [B, G, L, C] of x [B, L, D], normed and rotated."""
-    ops, rotary = run.ops, run.rotary[layer.kind]
-    B, L, _ = x.shape
-
-    def heads(y: Array) -> Array:
-        return ops.transpose(y.reshape(B, L, -1, layer.head_dim), 0, 2, 1, 3)
-
-    k = heads(ops.linear(x, w.k, bias.k))
+    ops, rotary, eps, C = run.ops, run.rotary[layer.kind], run.config.rms_eps, layer.head_dim
+    q, k = ops.linear(x, w.q, bias.q), ops.linear(x, w.k, bias.k)
     # On full layers V is k_proj's output *before* k_norm and RoPE.
-    v = k if w.v is None else heads(ops.linear(x, w.v, bias.v))
-    q = run.norm(heads(ops.linear(x, w.q, bias.q)), w.q_norm)
-    k = run.norm(k, w.k_norm)
-    return ops.rope(q, rotary), ops.rope(k, rotary), run.norm(v, None)
+    v = k if w.v is None else ops.linear(x, w.v, bias.v)
+    q = ops.heads(q, C, w.q_norm, eps, rotary)
+    return q, ops.heads(k, C, w.k_norm, eps, rotary), ops.heads(v, C, None, eps, None)
 
 
 def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
@@ -79,26 +70,26 @@ def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
     return ops.linear(ops.geglu(ops.linear(x, w.gate), ops.linear(x, w.up)), w.down)
 
 
-def moe(run: Pass, w: LayerWeights, h: Array) -> Array:
-    """The routed experts of tokens h [N, D]: the router reads the raw residual, the experts its norm."""
-    ops, config, router = run.ops, run.config, w.router
-    weights, ids = ops.router(h, router.proj, router.scale, router.expert_scale, config.top_k, config.rms_eps)
-    return ops.experts(run.norm(h, w.pre_experts), weights, ids, w.experts.gate_up, w.experts.down)
-
-
-def feedforward(run: Pass, w: LayerWeights, h: Array) -> Array:
-    """Dense MLP and experts side by side on h [B, L, D], each normed, their sum normed again."""
-    m = run.norm(mlp(run.ops, w.mlp, run.norm(h, w.pre_mlp)), w.post_mlp)
-    x = moe(run, w, h.reshape(-1, h.shape[-1])).reshape(h.shape)
-    return run.norm(m + run.norm(x, w.post_experts), w.post_feedforward)
+def moe(run: Pass, w: LayerWeights, x: Array, routed: Array) -> Array:
+    """The routed experts of x [B, L, D]; the router reads `routed`, a norm of its own of the raw stream."""
+    ops, D = run.ops, x.shape[-1]
+    weights, ids = ops.router(routed.reshape(-1, D), w.router.proj, w.router.expert_scale, run.config.top_k)
+    return ops.experts(x.reshape(-1, D), weights, ids, w.experts.gate_up, w.experts.down).reshape(x.shape)
 
 
 def block(run: Pass, layer: LayerConfig, w: LayerWeights, h: Array, past: KV | None) -> tuple[Array, KV]:
-    """One layer on the residual stream h [B, L, D] -> the stream, and the layer's keys and values."""
+    """One layer on the residual stream h [B, L, D] -> the stream, and the layer's keys and values.
+
+    Dense MLP and experts stand side by side, each with norms of its own, and their sum is normed again.
+    """
+    ops, eps = run.ops, run.config.rms_eps
     bias, scalar = (w.encoder_bias, w.encoder_scalar) if run.causal else (w.bias, w.scalar)
     a, kv = attention(run, layer, w.attention, bias, run.norm(h, w.pre_attention), past)
-    h = h + run.norm(a, w.post_attention)
-    return (h + feedforward(run, w, h)) * scalar, kv
+    opening = w.post_attention, w.pre_mlp, w.pre_experts, w.router.scale
+    h, x, y, routed = ops.open_branches(h, a, *opening, eps)
+    m, e = mlp(ops, w.mlp, x), moe(run, w, y, routed)
+    closing = w.post_mlp, w.post_experts, w.post_feedforward, scalar
+    return ops.join_branches(h, m, e, *closing, eps), kv
 
 
 def encode(

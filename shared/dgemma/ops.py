@@ -302,6 +302,36 @@ class Ops:
             y = y * self.wide(weight)
         return self.like(y, x)
 
+    def open_branches(
+        self, h: Array, a: Array, post: Array, mlp: Array, experts: Array, router: Array, eps: float
+    ) -> tuple[Array, Array, Array, Array]:
+        """The stream h + norm(a)·post, and three norms of it: for the dense MLP, the experts, the router.
+
+        All [..., D]. The router's is wide, its weight scale/√D: bf16 logits tie in 5 % of rows, and a tie
+        flips a pick.
+        """
+        h = h + self.rms_norm(a, post, eps)
+        routed = self.rms_norm(self.wide(h), router, eps) * h.shape[-1] ** -0.5
+        return h, self.rms_norm(h, mlp, eps), self.rms_norm(h, experts, eps), routed
+
+    def join_branches(
+        self,
+        h: Array,
+        m: Array,
+        e: Array,
+        post_mlp: Array,
+        post_experts: Array,
+        post: Array,
+        scalar: Array,
+        eps: float,
+    ) -> Array:
+        """(h + norm(norm(m)·post_mlp + norm(e)·post_experts)·post) · scalar: how a layer ends.
+
+        The stream h, the dense MLP's m and the experts' e are [..., D], scalar [1].
+        """
+        both = self.rms_norm(m, post_mlp, eps) + self.rms_norm(e, post_experts, eps)
+        return (h + self.rms_norm(both, post, eps)) * scalar
+
     def gelu(self, x: Array) -> Array:
         """GELU, tanh approximation: x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), computed wide.
 
@@ -327,6 +357,12 @@ class Ops:
         y = self.wide(x)
         a, b = y[..., :half], y[..., half:]
         return self.like(self.concat([a * cos - b * sin, b * cos + a * sin], -1), x)
+
+    def heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
+        """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed; rotated if `rotary` is given."""
+        x = self.transpose(y.reshape(*y.shape[:2], -1, size), 0, 2, 1, 3)
+        x = self.rms_norm(x, weight, eps)
+        return x if rotary is None else self.rope(x, rotary)
 
     def visible(self, L: int, S: int, pad: Array | None, causal: bool, window: int | None) -> Array | None:
         """Which keys a query may see, [B or 1, 1, L, S] bool, or None for all.
@@ -364,18 +400,32 @@ class Ops:
         p = self.softmax(scores, -1).reshape(B, G, H // G * L, S)
         return self.like((p @ self.wide(v)).reshape(B, H, L, C), q)
 
+    def attend(
+        self,
+        q: Array,
+        own: tuple[Array, Array],
+        past: tuple[Array, Array] | None,
+        pad: Array | None,
+        causal: bool,
+        window: int | None,
+    ) -> Array:
+        """Attention of q [B, H, L, C] over the keys and values [B, G, ·, C] of `past`, then its `own` L."""
+        k, v = own
+        if past is not None:
+            k, v = self.concat([past[0], k], 2), self.concat([past[1], v], 2)
+        return self.attention(q, k, v, pad, causal, window)
+
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
         """The k largest of the last axis, values and ids, largest first, ties to the lower id."""
         ids = self.argsort(-x, -1)[..., :k]
         return self.take_along(x, ids, -1), ids
 
-    def router(self, h: Array, proj: Array, scale: Array, expert_scale: Array, k: int, eps: float):  # type: ignore[no-untyped-def]
-        """Weights [N, K] (wide) and experts [N, K] of tokens h [N, D], the *raw* residual stream.
+    def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
+        """Weights [N, K] (wide) and experts [N, K] of tokens r [N, D], wide: see `open_branches`.
 
-        All of it is wide: bf16 logits tie in 5 % of rows, and a tie flips a pick. Softmax over all
-        experts, the K best renormalised to sum 1, then each times its expert's scale (model.md).
+        Softmax over all experts, the K best renormalised to sum 1, then each times its expert's scale
+        (model.md). All of it is wide.
         """
-        r = self.rms_norm(self.wide(h), None, eps) * self.wide(scale) * h.shape[-1] ** -0.5
         p = self.softmax(self.linear(r, self.wide(proj)), -1)
         weights, ids = self.top_k(p, k)
         weights = weights / self.sum(weights, -1, keepdims=True)

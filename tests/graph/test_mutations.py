@@ -37,8 +37,8 @@ class Bug:
 BUGS = {
     "router fed the normed stream": Bug(
         "graph.py",
-        "weights, ids = ops.router(h, ",
-        "weights, ids = ops.router(run.norm(h, w.pre_experts), ",
+        "moe(run, w, y, routed)",
+        "moe(run, w, y, y)",
     ),
     "encoder scalar is the decoder's": Bug(
         "graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.encoder_bias, w.scalar)"
@@ -48,14 +48,13 @@ BUGS = {
     ),
     "V after k_norm": Bug(
         "graph.py",
-        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
-        "    v = k if w.v is None else v\n    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+        "ops.heads(v, C, None, eps, None)",
+        "ops.heads(v, C, w.k_norm if w.v is None else None, eps, None)",
     ),
     "V after k_norm and RoPE": Bug(
         "graph.py",
-        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
-        "    v = ops.rope(k, rotary) if w.v is None else v\n"
-        "    return ops.rope(q, rotary), ops.rope(k, rotary), ",
+        "ops.heads(v, C, None, eps, None)",
+        "ops.heads(v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
     ),
     "RoPE exponent over the rotated part": Bug(
         "weights.py", "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
@@ -113,9 +112,9 @@ BUGS = {
         "ops.py", "return weights * self.take(self.wide(expert_scale), ids), ids", "return weights, ids"
     ),
     "router without its scale": Bug(
-        "ops.py", "* self.wide(scale) * h.shape[-1] ** -0.5", "* h.shape[-1] ** -0.5"
+        "ops.py", "self.rms_norm(self.wide(h), router, eps)", "self.rms_norm(self.wide(h), None, eps)"
     ),
-    "router without 1/√D": Bug("ops.py", "* self.wide(scale) * h.shape[-1] ** -0.5", "* self.wide(scale)"),
+    "router without 1/√D": Bug("ops.py", "router, eps) * h.shape[-1] ** -0.5", "router, eps)"),
     "experts' gate and up swapped": Bug(
         "ops.py", "self.geglu(y[:, :half], y[:, half:])", "self.geglu(y[:, half:], y[:, :half])"
     ),
@@ -130,19 +129,21 @@ BUGS = {
         "return softcap * self.tanh(self.wide(self.linear(h, table)) / softcap)",
         "return self.wide(self.linear(h, table))",
     ),
-    "V not normed": Bug("graph.py", "ops.rope(k, rotary), run.norm(v, None)", "ops.rope(k, rotary), v"),
-    "post-attention norms left out": Bug(
+    "V not normed": Bug(
         "graph.py",
-        "h = h + run.norm(a, w.post_attention)",
+        "ops.heads(v, C, None, eps, None)",
+        "ops.transpose(v.reshape(*x.shape[:2], -1, C), 0, 2, 1, 3)",
+    ),
+    "post-attention norms left out": Bug(
+        "ops.py",
+        "h = h + self.rms_norm(a, post, eps)",
         "h = h + a",
     ),
-    "experts read the dense MLP's norm": Bug(
-        "graph.py", "ops.experts(run.norm(h, w.pre_experts)", "ops.experts(run.norm(h, w.pre_mlp)"
-    ),
+    "experts read the dense MLP's norm": Bug("graph.py", "moe(run, w, y, routed)", "moe(run, w, x, routed)"),
     "experts added behind the last norm": Bug(
-        "graph.py",
-        "return run.norm(m + run.norm(x, w.post_experts), w.post_feedforward)",
-        "return run.norm(m, w.post_feedforward) + run.norm(x, w.post_experts)",
+        "ops.py",
+        "(h + self.rms_norm(both, post, eps)) * scalar",
+        "(h + self.rms_norm(m, post, eps) + self.rms_norm(e, post_experts, eps)) * scalar",
     ),
     "canvas positions start anew": Bug(
         "graph.py",

@@ -141,7 +141,9 @@ def test_router(ops: Ops, name: str) -> None:
     with torch.no_grad():
         _, weights, ids = theirs(torch.as_tensor(h))
     w, config = our_model(ops, source).weights.layers[layer].router, source.config
-    ours = ops.router(ops.asarray(h), w.proj, w.scale, w.expert_scale, config.top_k, config.rms_eps)
+    norm, stream = ops.asarray(np.ones(config.hidden_size)), ops.asarray(h)
+    *_, routed = ops.open_branches(stream, stream * 0.0, norm, norm, norm, w.scale, config.rms_eps)
+    ours = ops.router(routed, w.proj, w.expert_scale, config.top_k)
     np.testing.assert_array_equal(ops.to_numpy(ours[1]), ids.numpy())
     close(ops.to_numpy(ours[0]), weights.numpy(), TOLERANCE[ops.name], f"{name}, router weights")
 
