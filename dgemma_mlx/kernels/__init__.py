@@ -1,0 +1,1 @@
+"""Metal kernels, each beside the plain twin that says what it computes."""
