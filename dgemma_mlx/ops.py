@@ -13,6 +13,7 @@ to test the graph and to run the embedded model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ import numpy as np
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Ops, Stored
 from dgemma.quantized import MXFP8, Quantized
+
+from .memory import limits
 
 
 class MlxOps(Ops):
@@ -163,8 +166,11 @@ class MlxOps(Ops):
 
     # ---- what a backend may do differently ------------------------------------------------------
 
+    def running(self) -> AbstractContextManager[None]:
+        return limits(self.on_gpu)
+
     def peak_memory(self) -> int:
-        return mx.get_peak_memory() if self.on_gpu else super().peak_memory()
+        return mx.get_peak_memory()
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """On the CPU `fn` itself: there each fused kernel is a run of g++, 31 s in all for 5 % of speed."""

@@ -181,11 +181,12 @@ class _Run:
 
     def events(self) -> Iterator[Event]:
         """The run's events. Its clock stands still while the consumer holds one."""
-        self.began = time.perf_counter()
-        for event in self._events():
-            held = time.perf_counter()
-            yield event
-            self.began += time.perf_counter() - held
+        with self.model.ops.running():
+            self.began = time.perf_counter()
+            for event in self._events():
+                held = time.perf_counter()
+                yield event
+                self.began += time.perf_counter() - held
 
     def _events(self) -> Iterator[Event]:
         context: Context | None = None

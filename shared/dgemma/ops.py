@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,8 +200,12 @@ class Ops:
 
         return Cache(self, config)
 
+    def running(self) -> AbstractContextManager[None]:
+        """What surrounds a generation: limits of the process that are put back afterwards."""
+        return nullcontext()
+
     def peak_memory(self) -> int:
-        """Most bytes in use since the process began: of the device, or of the process on a CPU."""
+        """Most bytes in use since the process began: of the framework's arrays, or of the whole process."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
@@ -359,7 +364,7 @@ class Ops:
         return self.like(self.concat([a * cos - b * sin, b * cos + a * sin], -1), x)
 
     def heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
-        """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed; rotated if `rotary` is given."""
+        """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed, and rotated unless None."""
         x = self.transpose(y.reshape(*y.shape[:2], -1, size), 0, 2, 1, 3)
         x = self.rms_norm(x, weight, eps)
         return x if rotary is None else self.rope(x, rotary)
