@@ -2,15 +2,21 @@
 
     python benchmarks/peers.py                                 # every engine that is installed
     python benchmarks/peers.py -e dgemma-cuda -e transformers --context 2048 --set num_experts=64
+    python benchmarks/peers.py -e dgemma-mlx -e mlx-vlm --format plain --format 4bit \
+        --dtype float32 --dtype bfloat16 --context 512 --context 4096
 
 The peers come with `pip install -e '.[mlx,cuda,bench]'`. How the numbers are made:
 
 - All engines read one random checkpoint, in float32 or bfloat16 on disk as in memory. It is about 105
   million parameters unless `--set` changes the geometry, or any checkpoint given with `--checkpoint`.
+  `--format 4bit` is that checkpoint after `dgemma convert --to mlx`, mlx-community's pattern, for the two
+  MLX engines; `--dtype` is then that of activations. Options given twice are all combined.
 - Before anything is timed, logits are compared between the engines, of a first step and of one with given
   self-conditioning, in processes of their own: nobody is timed on another model. A difference ends the run.
   This is done in float32 whatever is timed: a random model amplifies bfloat16's rounding to a quarter of
-  the logits' spread. For a checkpoint that does not fit in float32 there is `--no-compare`.
+  the logits' spread. A pick of some router is a tie within float32's rounding: a tenth of the positions may
+  differ, and prompts are cut to 64 tokens, as a pick that differs there reaches every position. For a
+  checkpoint that does not fit in float32 there is `--no-compare`.
 - Each engine lives in a process of its own, so that memory, BLAS and thread pools are its own too.
   Rounds go through the engines in turn (A B A B), so that what else the machine does falls on all alike.
 - What is timed is each engine's own generate loop over one canvas, not a rebuilt step: forward pass,
@@ -21,9 +27,12 @@ The peers come with `pip install -e '.[mlx,cuda,bench]'`. How the numbers are ma
   drafts holds exactly one of everything in every engine.
 - mlx-vlm runs its entropy-bound sampler at temperature 1 on top of the schedule: the released sampler,
   though not its default. transformers runs its defaults (SDPA, grouped_mm experts, no compilation).
-- In bfloat16 mlx-vlm needs a GPU: the product of MLX's CPU that its experts use is float32 only.
+- In bfloat16 mlx-vlm needs a GPU: the product of MLX's CPU that its experts use is float32 only. An engine
+  that fails in its first round is shown with its error and left out.
 - Peak memory is the process's, so it holds the interpreter and what an engine imports; mlx-vlm imports
-  PyTorch. On a GPU it is the device's.
+  PyTorch. On a GPU it is the device's. Of MLX engines there is also what MLX had in use above the weights,
+  at most, in MB, before the first draft and from there on: the prefill, and the steps with the cache they
+  read; and the ratio of the larger of the two, which is the call's.
 
 MLX's Linux wheel carries an unoptimized BLAS (2.6 GFLOP/s on two cores). An OpenBLAS is preloaded for
 both MLX engines when one is found, and the table says so when none is.
@@ -31,6 +40,7 @@ both MLX engines when one is found, and the table says so when none is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -63,6 +73,8 @@ MLX = ("dgemma-mlx", "mlx-vlm")
 NEVER = 1e-9  # nats: a mean entropy that no random model reaches
 TOLERANCE = 1e-3  # largest difference of logits over the largest logit, in float32
 STORED = {"float32": "F32", "bfloat16": "BF16"}
+COMPARED, ALIKE = 64, 0.9  # prompt tokens, and positions that must agree
+FORMATS = ("plain", "4bit")
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEOMETRY = {
@@ -101,10 +113,39 @@ class Engine:
         """Times at which a generate call began, had its prefill, and showed the draft of each step."""
         raise NotImplementedError
 
+    weights = 0  # bytes that MLX has in use when all is loaded
+    # Most bytes in use above them, of the last call: until its prefill was done, and from then on.
+    above: tuple[int, ...] = ()
+
     def peak_memory(self) -> int:
         """Bytes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Watch:
+    """Times of a call from its start on; and what MLX, if it runs, had in use above the weights."""
+
+    def __init__(self, weights: int):
+        self.mx, self.weights = sys.modules.get("mlx.core"), weights
+        self.times: list[float] = []
+        self.above: list[int] = []
+        self.tick()
+
+    def tick(self) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) <= 2:
+            self.lap()
+
+    def lap(self) -> None:
+        if self.mx:
+            self.above.append(self.mx.get_peak_memory() - self.weights)
+            self.mx.reset_peak_memory()
+
+    def stop(self) -> tuple[list[float], tuple[int, ...]]:
+        """All times, and the bytes until the prefill was done and from then on."""
+        self.lap()
+        return self.times, tuple(self.above[1:])
 
 
 class Dgemma(Engine):
@@ -129,10 +170,11 @@ class Dgemma(Engine):
         from dgemma.engine import Draft, Prefill
 
         length = self.model.config.canvas_length
-        times = [time.perf_counter()]
+        watch = Watch(self.weights)
         for event in self.model.generate(tokens, steps=steps, max_new_tokens=length, confidence=NEVER):
             if isinstance(event, Draft) or (isinstance(event, Prefill) and event.done == event.total):
-                times.append(time.perf_counter())
+                watch.tick()
+        times, self.above = watch.stop()
         return times
 
     def peak_memory(self) -> int:
@@ -146,81 +188,39 @@ class DgemmaCuda(Dgemma):
 class DgemmaMlx(Dgemma):
     backend = "mlx"
 
+    def peak_memory(self) -> int:
+        return _mlx_peak(self)
+
 
 class Transformers(Engine):
-    """`generate` with a streamer that is shown every draft; prefill ends where the encoder returns."""
+    """`generate` with a streamer that is shown every draft, as `dgemma_cuda.peer` drives it."""
 
     def __init__(self, folder: Path, dtype: str, device: str):
         import torch
-        from transformers import AutoConfig, DiffusionGemmaForBlockDiffusion, logging
 
-        logging.set_verbosity_error()
-        self.torch, self.device = torch, torch.device(device)
-        config = AutoConfig.from_pretrained(folder)
-        if json.loads((folder / "config.json").read_text()).get("vision_config") is None:
-            # It builds a tower of the default size where the checkpoint has none: half the memory.
-            tower = config.vision_config
-            tower.hidden_size = tower.intermediate_size = tower.head_dim = 16
-            tower.num_hidden_layers = tower.num_attention_heads = tower.num_key_value_heads = 1
-        if config.image_token_id is None:
-            config.image_token_id = -1  # generate compares ids with it unseen
-        model = DiffusionGemmaForBlockDiffusion.from_pretrained(folder, config=config, dtype=dtype)
-        self.model = model.eval().to(self.device)
+        from dgemma_cuda import peer
+
+        self.torch, self.peer = torch, peer.Transformers.load(folder, dtype, device)
 
     def logits(self, tokens: list[int], canvas: np.ndarray, before: np.ndarray) -> np.ndarray:
+        model = self.peer.model
         inputs = {"input_ids": self.tensor([tokens]), "decoder_input_ids": self.tensor(canvas)}
-        signals = None, self.tensor(before).to(self.model.dtype)
+        signals = None, self.tensor(before).to(model.dtype)
         with self.torch.no_grad():
-            planes = [self.model(**inputs, self_conditioning_logits=signal).logits for signal in signals]
+            planes = [model(**inputs, self_conditioning_logits=signal).logits for signal in signals]
         return self.torch.cat(planes).float().cpu().numpy()
 
     def clock(self, tokens: list[int], steps: int) -> list[float]:
-        streamer = _Streamer()
-        hook = self.model.model.encoder.register_forward_hook(lambda *_: self._encoded(streamer))
-        ids = self.tensor([tokens])
-        streamer.tick()
-        try:
-            self.model.generate(
-                ids,
-                streamer=streamer,
-                max_new_tokens=self.model.config.canvas_length,
-                max_denoising_steps=steps,
-                confidence_threshold=NEVER,
-            )
-        finally:
-            hook.remove()
-        return streamer.times
+        return self.peer.clock([tokens], steps)
 
     def tensor(self, rows: Any) -> Any:
-        return self.torch.as_tensor(np.asarray(rows)).to(self.device)
-
-    def _encoded(self, streamer: _Streamer) -> None:
-        if self.device.type == "cuda":
-            self.torch.cuda.synchronize(self.device)
-        streamer.tick()
+        return self.torch.as_tensor(np.asarray(rows)).to(self.peer.model.device)
 
     def peak_memory(self) -> int:
-        on_gpu = self.device.type == "cuda"
-        return self.torch.cuda.max_memory_allocated(self.device) if on_gpu else super().peak_memory()
-
-
-class _Streamer:
-    """What transformers' loop calls; `put_draft` comes after the draft was copied to the host."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def tick(self) -> None:
-        self.times.append(time.perf_counter())
-
-    def put(self, value: Any) -> None:
-        pass
-
-    def put_draft(self, value: Any) -> None:
-        self.tick()
-
-    def end(self) -> None:
-        pass
+        device = self.peer.model.device
+        return (
+            self.torch.cuda.max_memory_allocated(device) if device.type == "cuda" else super().peak_memory()
+        )
 
 
 class MlxVlm(Engine):
@@ -251,8 +251,7 @@ class MlxVlm(Engine):
         import mlx.core as mx
         from mlx_vlm.generate.diffusion import stream_diffusion_generate
 
-        ids, text = mx.array([tokens]), _NoTokenizer()
-        times = [time.perf_counter()]
+        ids, text, watch = mx.array([tokens]), _NoTokenizer(), Watch(self.weights)
         for result in stream_diffusion_generate(
             self.model,
             text,
@@ -269,13 +268,20 @@ class MlxVlm(Engine):
             diffusion_show_unmasking=True,
         ):
             if result.is_draft:
-                times.append(time.perf_counter())
+                watch.tick()
+        times, self.above = watch.stop()
         return times
 
     def peak_memory(self) -> int:
-        import mlx.core as mx
+        return _mlx_peak(self)
 
-        return mx.get_peak_memory() if mx.default_device().type == mx.gpu else super().peak_memory()
+
+def _mlx_peak(engine: Engine) -> int:
+    """The device's, of the last call, or on a CPU the process's."""
+    import mlx.core as mx
+
+    on_gpu = mx.default_device().type == mx.gpu
+    return engine.weights + max(engine.above) if on_gpu else Engine.peak_memory(engine)
 
 
 class _NoTokenizer:
@@ -324,6 +330,8 @@ def work(name: str, folder: Path, dtype: str, device: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what frameworks print must not come between
     engine = ENGINES[name](folder, dtype, device)
+    if mx := sys.modules.get("mlx.core"):
+        engine.weights = mx.get_active_memory()
     answers.write("{}\n")
     for line in sys.stdin:
         request = json.loads(line)
@@ -343,7 +351,8 @@ def _answer(
         before = 4 * np.random.default_rng(1).standard_normal((1, len(canvas[0]), vocab), np.float32)
         np.save(out, engine.logits(tokens, np.asarray(canvas), before))
         return {}
-    return {"times": engine.clock(tokens, steps), "peak": engine.peak_memory()}
+    times = engine.clock(tokens, steps)
+    return {"times": times, "peak": engine.peak_memory(), "above": engine.above}
 
 
 # ---- the run --------------------------------------------------------------------------------------
@@ -361,6 +370,10 @@ class Setting:
     context: int
     steps: int
     rounds: int
+    form: str = "plain"
+
+    def __str__(self) -> str:
+        return f"{self.form}, {self.dtype}, context {self.context}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -375,6 +388,10 @@ class Setting:
         return tokens.tolist(), rng.integers(0, high, (1, self.config["canvas_length"]))
 
 
+class Failed(click.ClickException):
+    """An engine's process ended."""
+
+
 @dataclass
 class Worker:
     """An engine's process, as the run sees it, and what was measured of it so far."""
@@ -385,6 +402,8 @@ class Worker:
     prefill: list[float] = field(default_factory=list)  # seconds, one a round
     steps: list[list[float]] = field(default_factory=list)  # seconds, by round
     peak: int = 0  # bytes
+    above: list[int] = field(default_factory=list)  # bytes, as in `Engine`
+    failure: str = ""
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin
@@ -399,12 +418,12 @@ class Worker:
         assert self.process.stdout
         if line := self.process.stdout.readline():
             return json.loads(line)
-        raise click.ClickException(f"{self.name} failed:\n{self.errors.read_text()[-2000:].strip()}")
+        raise Failed(f"{self.name} failed:\n{self.errors.read_text()[-2000:].strip()}")
 
     def round(self, tokens: list[int], steps: int, keep: bool) -> None:
         """One generate call; kept unless it is the warm-up."""
         answer = self.ask(tokens=tokens, steps=steps)
-        times, self.peak = answer["times"], answer["peak"]
+        times, self.peak, self.above = answer["times"], answer["peak"], answer["above"]
         if len(times) != steps + 2:
             raise click.ClickException(f"{self.name} showed {len(times) - 2} drafts of {steps} steps")
         if keep:
@@ -413,6 +432,8 @@ class Worker:
             self.steps.append([b - a for a, b in pairwise(times[2:])])
 
     def report(self) -> dict[str, Any]:
+        if self.failure:
+            return {"engine": self.name, "version": _version(self.name), "failure": self.failure}
         steps = [1000 * s for one in self.steps for s in one]
         return {
             "engine": self.name,
@@ -422,6 +443,7 @@ class Worker:
             "step_ms_min": min(steps),
             "step_ms_max": max(steps),
             "peak_bytes": self.peak,
+            "above_bytes": self.above,
             "rounds_ms": [[1000 * s for s in one] for one in self.steps],
         }
 
@@ -448,8 +470,9 @@ def started(name: str, setting: Setting) -> Iterator[Worker]:
 
 
 def compare(names: Sequence[str], setting: Setting) -> float:
-    """Largest difference of an engine's logits to the first engine's; an error beyond the tolerance."""
+    """Largest difference of an engine's logits to the first's, but where picks tie; an error if too large."""
     tokens, canvas = setting.inputs()
+    tokens = tokens[:COMPARED]
     vocab = setting.config["text_config"]["vocab_size"]
     planes: list[np.ndarray] = []
     worst = 0.0
@@ -458,7 +481,8 @@ def compare(names: Sequence[str], setting: Setting) -> float:
         with started(name, replace(setting, dtype="float32")) as worker:
             worker.ask(tokens=tokens, canvas=canvas.tolist(), vocab=vocab, out=str(out))
         planes.append(np.load(out, mmap_mode="r"))
-        apart = float(np.abs(planes[-1] - planes[0]).max() / np.abs(planes[0]).max())
+        rows = np.abs(planes[-1] - planes[0]).max(-1) / np.abs(planes[0]).max()
+        apart = float(np.quantile(rows, ALIKE))
         if not apart <= TOLERANCE:
             raise click.ClickException(
                 f"{name} and {names[0]} do not run the same model: their logits differ by {apart:.2g} "
@@ -474,42 +498,78 @@ def measure(workers: Sequence[Worker], setting: Setting, console: Console) -> No
     for number in range(setting.rounds + 1):
         console.print(f"round {number} of {setting.rounds}" if number else "warm-up")
         for worker in workers:
-            time.sleep(0.2)  # idle threads of the one before spin for a moment
-            worker.round(tokens, setting.steps, keep=number > 0)
+            if not worker.failure:
+                time.sleep(0.2)  # idle threads of the one before spin for a moment
+                _round(worker, tokens, setting.steps, number)
+
+
+def _round(worker: Worker, tokens: list[int], steps: int, number: int) -> None:
+    """An engine that cannot run a setting at all is reported; one that fails later ends the run."""
+    try:
+        worker.round(tokens, steps, keep=number > 0)
+    except Failed as error:
+        if number:
+            raise
+        worker.failure = str(error).splitlines()[-1]
 
 
 def report(workers: Sequence[Worker]) -> list[dict[str, Any]]:
-    """Each engine's numbers; ours also carry the ratio to their peer's, if that ran."""
+    """Each engine's numbers; ours also carry the ratios to their peer's, if that ran."""
     by_name = {worker.name: worker for worker in workers}
     reports = []
     for worker in workers:
-        one = worker.report()
-        if peer := by_name.get(PAIRS.get(worker.name, "")):
-            # By round: what is compared was measured side by side.
-            rounds = zip(worker.steps, peer.steps, strict=True)
-            ratios = [statistics.median(a) / statistics.median(b) for a, b in rounds]
-            one |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+        one, peer = worker.report(), by_name.get(PAIRS.get(worker.name, ""))
+        if peer and not worker.failure and not peer.failure:
+            one |= compared(worker, peer)
         reports.append(one)
     return reports
 
 
-def table(reports: Sequence[dict[str, Any]]) -> Table:
-    grid = Table(title="Prefill and one denoising step", title_justify="left")
+def compared(worker: Worker, peer: Worker) -> dict[str, Any]:
+    # By round: what is compared was measured side by side.
+    rounds = zip(worker.steps, peer.steps, strict=True)
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in rounds]
+    above = [a / b for a, b in zip(worker.above, peer.above, strict=True)]
+    above += [max(worker.above) / max(peer.above)] if worker.above and peer.above else []
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "above_ratios": above,
+    }
+
+
+def table(title: str, reports: Sequence[dict[str, Any]]) -> Table:
+    grid = Table(title=title, title_justify="left")
     grid.add_column("engine", no_wrap=True)
     grid.add_column("version", no_wrap=True)
-    for heading in ("prefill ms", "step ms", "min–max", "peak MB", "÷ peer's", "min–max"):
+    headings = ["prefill", "step ms", "min–max", "÷ peer", "min–max", "peak MB"]
+    memory = any(one.get("above_bytes") for one in reports)
+    headings += ["+prefill", "÷", "+steps", "÷", "both ÷"] if memory else []
+    for heading in headings:
         grid.add_column(heading, justify="right", no_wrap=True)
     for one in reports:
-        cells = [one["engine"], one["version"], f"{one['prefill_ms']:.0f}", f"{one['step_ms']:.1f}"]
-        cells += [f"{one['step_ms_min']:.1f}–{one['step_ms_max']:.1f}", f"{one['peak_bytes'] / 1e6:.0f}"]
-        if "ratio" in one:
-            cells += [f"{one['ratio']:.2f}", f"{one['ratio_min']:.2f}–{one['ratio_max']:.2f}"]
-        grid.add_row(*cells)
+        grid.add_row(one["engine"], one["version"], *_cells(one))
     return grid
 
 
+def _cells(one: dict[str, Any]) -> list[str]:
+    if "failure" in one:
+        return ["fails"]
+    cells = [f"{one['prefill_ms']:.0f}", f"{one['step_ms']:.1f}"]
+    cells += [f"{one['step_ms_min']:.1f}–{one['step_ms_max']:.1f}"]
+    paired = "ratio" in one
+    cells += [f"{one['ratio']:.2f}", f"{one['ratio_min']:.2f}–{one['ratio_max']:.2f}"] if paired else ["", ""]
+    cells += [f"{one['peak_bytes'] / 1e6:.0f}"]
+    if one["above_bytes"]:
+        first, then, both = [f"{ratio:.2f}" for ratio in one.get("above_ratios", ())] or [""] * 3
+        before, after = (f"{size / 1e6:.0f}" for size in one["above_bytes"])
+        cells += [before, first, after, then, both]
+    return cells
+
+
 def facts(setting: Setting, names: Sequence[str], apart: float | None) -> dict[str, str]:
-    """What the numbers hold for."""
+    """What the numbers of one setting hold for."""
     config, text = setting.config, setting.config["text_config"]
     blas = (
         setting.blas.resolve()
@@ -518,7 +578,8 @@ def facts(setting: Setting, names: Sequence[str], apart: float | None) -> dict[s
     )
     found = {
         "model": f"hidden {text['hidden_size']}, {text['num_hidden_layers']} layers, {text['num_experts']} "
-        f"experts top-{text['top_k_experts']}, vocabulary {text['vocab_size']}, {setting.dtype}",
+        f"experts top-{text['top_k_experts']}, vocabulary {text['vocab_size']}, "
+        f"{setting.form}, {setting.dtype}",
         "run": f"canvas {config['canvas_length']}, context {setting.context}, {setting.rounds} rounds of "
         f"{setting.steps} steps, the first of each left out",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, PyTorch on "
@@ -610,6 +671,56 @@ def _checkpoint(folder: Path, changes: Sequence[str], dtype: str, console: Conso
     subprocess.run([*command, *(f"--set={change}" for change in changes)], check=True)
 
 
+def _folders(
+    given: Path | None,
+    forms: Sequence[str],
+    dtypes: Sequence[str],
+    changes: Sequence[str],
+    scratch: Path,
+    console: Console,
+) -> dict[tuple[str, str], Path]:
+    """Checkpoints by format and type: a random one is stored in the type that it runs in, or 4-bit."""
+    needed = dtypes if "plain" in forms else dtypes[:1]
+    plain = {dtype: given or scratch / dtype for dtype in needed}
+    for folder, dtype in {folder: dtype for dtype, folder in reversed(plain.items())}.items():
+        _checkpoint(folder, changes, dtype, console)
+    folders = {("plain", dtype): folder for dtype, folder in plain.items()}
+    if "4bit" in forms:
+        packed = _packed(plain[dtypes[0]], scratch / "4bit", console)
+        folders |= {("4bit", dtype): packed for dtype in dtypes}
+    return folders
+
+
+def _packed(folder: Path, packed: Path, console: Console) -> Path:
+    """The checkpoint as MLX's 4-bit one."""
+    console.print("converting it to 4 bit")
+    command = [sys.executable, "-m", "dgemma_convert", str(folder), str(packed), "--to", "mlx"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return packed
+
+
+def run(names: Sequence[str], setting: Setting, apart: float | None, progress: Console) -> dict[str, Any]:
+    """One setting: facts and reports."""
+    progress.print(str(setting))
+    with ExitStack() as stack:
+        workers = [stack.enter_context(started(name, setting)) for name in names]
+        measure(workers, setting, progress)
+        known = facts(setting, names, apart)
+        return {"setting": str(setting), "facts": known, "engines": report(workers)}
+
+
+def show(results: Sequence[dict[str, Any]], console: Console) -> None:
+    for result in results:
+        console.print(table(f"Prefill and one denoising step: {result['setting']}", result["engines"]))
+        for one in result["engines"]:
+            if "failure" in one:
+                console.print(
+                    f"{one['engine']} does not run: {one['failure']}", highlight=False, soft_wrap=True
+                )
+        for key, value in result["facts"].items():
+            console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+
+
 ENGINE = click.Choice(list(ENGINES))
 FOLDER = click.Path(path_type=Path)
 
@@ -618,9 +729,12 @@ FOLDER = click.Path(path_type=Path)
 @click.option("-e", "--engine", "engines", multiple=True, type=ENGINE, help="Default: all installed.")
 @click.option("--checkpoint", type=FOLDER, help="Use this folder, or make a random checkpoint there.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=N", help="Change the random geometry.")
-@click.option("--dtype", type=click.Choice(list(STORED)), default="float32", show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(STORED)), default=["float32"])
+@click.option("--format", "forms", multiple=True, type=click.Choice(FORMATS), default=["plain"])
 @click.option("--device", help="PyTorch's device. Default: cuda where there is one, else cpu.")
-@click.option("--context", default=512, show_default=True, type=click.IntRange(1), help="Prompt tokens.")
+@click.option(
+    "--context", "contexts", multiple=True, default=[512], type=click.IntRange(1), help="Prompt tokens."
+)
 @click.option("--steps", default=8, show_default=True, type=click.IntRange(3), help="Steps a round.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--compare/--no-compare", "same", default=True, help="Whether logits agree, before timing.")
@@ -632,9 +746,10 @@ def main(
     engines: tuple[str, ...],
     checkpoint: Path | None,
     changes: tuple[str, ...],
-    dtype: str,
+    dtypes: tuple[str, ...],
+    forms: tuple[str, ...],
     device: str | None,
-    context: int,
+    contexts: tuple[int, ...],
     steps: int,
     rounds: int,
     same: bool,
@@ -645,28 +760,27 @@ def main(
 ) -> None:
     device = device or _device()
     if checkpoint and worker:
-        return work(worker, checkpoint, dtype, device)
+        return work(worker, checkpoint, dtypes[0], device)
     if checkpoint and make:
-        return make_checkpoint(checkpoint, changes, dtype)
+        return make_checkpoint(checkpoint, changes, dtypes[0])
     progress = Console(stderr=True)
     names = [name for name in ENGINES if name in engines or (not engines and _installed(NEEDS[name]))]
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dgemma-peers-")))
-        folder = checkpoint or scratch / "checkpoint"
-        setting = Setting(folder, dtype, device, _choose_blas(blas), scratch, context, steps, rounds)
-        _checkpoint(folder, changes, dtype, progress)
-        progress.print("comparing logits" if same else "loading")
-        known = facts(setting, names, compare(names, setting) if same else None)
-        workers = [stack.enter_context(started(name, setting)) for name in names]
-        measure(workers, setting, progress)
-        reports = report(workers)
+    results, apart = [], {}
+    with tempfile.TemporaryDirectory(prefix="dgemma-peers-") as work_folder:
+        scratch = Path(work_folder)
+        folders = _folders(checkpoint, forms, dtypes, changes, scratch, progress)
+        for form, dtype, context in itertools.product(forms, dtypes, contexts):
+            folder, lib = folders[form, dtype], _choose_blas(blas)
+            setting = Setting(folder, dtype, device, lib, scratch, context, steps, rounds, form)
+            able = [name for name in names if form == "plain" or name in MLX]
+            if same and folder not in apart:
+                progress.print("comparing logits")
+                apart[folder] = compare(able, setting)
+            results.append(run(able, setting, apart.get(folder), progress))
     if as_json:
-        print(json.dumps({"facts": known, "engines": reports}, indent=2))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(reports))
-    for key, value in known.items():
-        console.print(f"{key}: {value}", highlight=False, soft_wrap=True)
+        print(json.dumps(results, indent=2))
+    else:
+        show(results, Console(width=None if sys.stdout.isatty() else 150))
 
 
 if __name__ == "__main__":

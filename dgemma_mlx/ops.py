@@ -21,9 +21,11 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma.errors import BackendError
-from dgemma.ops import Array, Ops, Stored
+from dgemma.ops import Array, Guess, Ops, Stored
 from dgemma.quantized import MXFP8, Quantized
 
+from . import simulator, verdict
+from .kernels import attention, moe, norms, plan, vocabulary
 from .memory import limits
 
 
@@ -34,15 +36,28 @@ class MlxOps(Ops):
     # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist:
     # queries go in blocks that keep them below this many bytes (counted as float32).
     score_bytes = 256 << 20
-    # A few tiles are in flight at once. At 1/32 of the vocabulary they add half a plane of logits.
-    vocab_tile = 8192
+    # There is no plane of logits, only tiles, of which a few exist at once (`kernels.vocabulary`). Wide ones
+    # save launches and passes over the sums [rows, D]; these are 8 MB of bfloat16 at 256 rows.
+    vocab_tile = 16384
 
-    def __init__(self, dtype: mx.Dtype = mx.float32):
+    def __init__(self, dtype: mx.Dtype = mx.float32, kernels: frozenset[str] | None = None):
+        """`kernels` are the names in `verdict.KERNELS` that run; by default those proven on this machine."""
         if dtype not in (mx.float32, mx.bfloat16):
             kind = str(dtype).removeprefix("mlx.core.")
             raise BackendError(f"MLX runs in bfloat16 or float32, not {kind}: float16 overflows")
-        self.dtype = dtype
+        self.dtype, self._kernels = dtype, kernels
         self.on_gpu = mx.default_device().type == mx.gpu
+        if not self.on_gpu:  # where up to ten operations are in flight, each with a float32 tile
+            self.vocab_tile = 4096
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """Composites that a Metal kernel replaces; all of them while the simulator stands in for Metal."""
+        if self._kernels is not None:
+            return self._kernels
+        if simulator.active():
+            return frozenset(verdict.KERNELS)
+        return verdict.enabled() if self.on_gpu else frozenset()
 
     def asarray(self, x: np.ndarray) -> Array:
         x = np.asarray(x)
@@ -205,14 +220,78 @@ class MlxOps(Ops):
         )
         return self.compute(y)
 
+    def _vocabulary(
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array | float,
+        uniforms: Array,
+        soft_bound: float = 0.0,
+    ) -> Guess:
+        step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
+        if not soft_bound:
+            return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)
+        return vocabulary.sparse_vocabulary(self, h, table, softcap, temperature, uniforms, step, soft_bound)
+
     def softmax(self, x: Array, axis: int) -> Array:
         return mx.softmax(x, axis, precise=True)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        if "rms_norm" in self.kernels:
+            return norms.rms_norm(x, weight, eps)
         if weight is None:
             return mx.fast.rms_norm(x, None, eps)
         # In bfloat16 the kernel would round before the weight and again after it.
         return self.like(mx.fast.rms_norm(self.wide(x), self.wide(weight), eps), x)
+
+    def open_branches(
+        self, h: Array, a: Array, post: Array, mlp: Array, experts: Array, router: Array, eps: float
+    ) -> tuple[Array, Array, Array, Array]:
+        run = norms.open_branches if "open_branches" in self.kernels else super().open_branches
+        return run(h, a, post, mlp, experts, router, eps)
+
+    def join_branches(
+        self,
+        h: Array,
+        m: Array,
+        e: Array,
+        post_mlp: Array,
+        post_experts: Array,
+        post: Array,
+        scalar: Array,
+        eps: float,
+    ) -> Array:
+        run = norms.join_branches if "join_branches" in self.kernels else super().join_branches
+        return run(h, m, e, post_mlp, post_experts, post, scalar, eps)
+
+    def heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
+        run = norms.heads if "heads" in self.kernels else super().heads
+        return run(y, size, weight, eps, rotary)
+
+    def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
+        if "router" not in self.kernels:
+            return super().router(r, proj, expert_scale, k)
+        return plan.route(self.linear(r, self.wide(proj)), expert_scale, k)
+
+    def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        if "experts" not in self.kernels:
+            return super().experts(x, weights, ids, gate_up, down)
+        return moe.experts(self, x, weights, ids, gate_up, down, fused="gather" in self.kernels)
+
+    def attend(
+        self,
+        q: Array,
+        own: tuple[Array, Array],
+        past: tuple[Array, Array] | None,
+        pad: Array | None,
+        causal: bool,
+        window: int | None,
+    ) -> Array:
+        if causal:
+            return super().attend(q, own, past, pad, causal, window)
+        run = attention.attend if "attend" in self.kernels else attention.attend_plain
+        return run(self, q, own, past, pad, causal, window)
 
     def attention(
         self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None

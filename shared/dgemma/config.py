@@ -98,6 +98,7 @@ class GenerationConfig:
     confidence: float  # nats, mean entropy
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    soft_bound: float = 0.0  # probability that a soft embedding may leave out; in no file, 0 is the reference
 
     def override(self, **changes: Any) -> GenerationConfig:
         """A copy with the given fields changed (None means unchanged), checked."""
@@ -125,6 +126,7 @@ class GenerationConfig:
             "stability must not be negative": self.stability >= 0,
             "confidence must be above 0": self.confidence > 0,
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "soft_bound must be at least 0 and below 1": 0 <= self.soft_bound < 1,
         }
         for rule, holds in rules.items():
             if not holds:

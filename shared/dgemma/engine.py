@@ -19,7 +19,7 @@ from . import sampler
 from .chat import ToolCall
 from .config import GenerationConfig
 from .errors import PromptError
-from .model import Context, Model
+from .model import Context, Model, Step
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Stats:
     peak_memory: int  # bytes
     seed: int
     backend: str
+    soft_missing: float = 0.0  # most probability that a soft embedding left out
+    soft_dense: float = 1.0  # share of soft embeddings that left nothing out
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,16 @@ class _Row:
     steps: int = 0
     step_seconds: float = 0.0
     first_token: float = 0.0
+    missing: float = 0.0
+    dense: float = 0.0  # shares of the steps, added up
+
+    def add(self, step: Step, place: int, seconds: float) -> None:
+        """A step in which this is row `place`."""
+        self.steps += 1
+        self.step_seconds += seconds
+        self.dense += float(step.dense[place].mean())
+        if step.missing is not None:
+            self.missing = max(self.missing, float(step.missing[place].max()))
 
 
 def generate(
@@ -225,6 +237,7 @@ class _Run:
         noise = self._noise(rows, vocab)
         canvas, soft = noise.start(config.steps, L), None
         stop = sampler.Stop(config, len(rows))
+        sparse = True
         for n in range(config.steps, 0, -1):
             started = time.perf_counter()
             draw = noise.draw(n, L)
@@ -235,11 +248,14 @@ class _Run:
                 sampler.temperature(config, n),
                 *draw,
                 entropy_bound=config.entropy_bound,
+                soft_bound=config.soft_bound if sparse else 0.0,
             )
+            # Where most rows turn out dense, looking for sparse ones costs a backend more than it saves: then
+            # the next step does not look, and the one after it does.
+            sparse = step.missing is None or step.dense.mean() <= 0.5
             spent = time.perf_counter() - started
             for place, row in enumerate(live):
-                rows[row].steps += 1
-                rows[row].step_seconds += spent
+                rows[row].add(step, place, spent)
                 number = config.steps - n + 1
                 yield Draft(
                     rows[row].index, rows[row].canvases, number, step.argmax[place], step.accepted[place],
@@ -303,6 +319,8 @@ class _Run:
             peak_memory=self.model.ops.peak_memory(),
             seed=self.seed,
             backend=self.model.ops.name,
+            soft_missing=row.missing,
+            soft_dense=row.dense / steps,
         )
         if self.model._tokenizer is None:
             return Done(row.index, row.tokens, "", "", (), reason, stats)

@@ -1,9 +1,10 @@
 """The model, written once: encoder and decoder passes as plain functions over an `Ops` object.
 
 The functions are pure. They read the cached keys and values they are given and return new ones; no
-host data, no host reads, no state: each backend may compile them whole. Rows of a batch *end*
-together: shorter prompts are padded on the left, so a sliding window is the same run of slots for
-every row, and a row's padding follows from its `offset` alone, the position of its first query.
+host data, no host reads, no state: each backend may compile them whole, `vocabulary` with a `soft_bound`
+excepted. Rows of a batch *end* together: shorter prompts are padded on the left, so a sliding window is
+the same run of slots for every row, and a row's padding follows from its `offset` alone, the position of
+its first query.
 
     B rows  L queries  P cached slots  D hidden  H heads  G KV heads  C head size
 """
@@ -171,5 +172,18 @@ def step(
 ) -> Guess:
     """A denoise pass and what the vocabulary says of it; `Guess` rows run over B·L positions."""
     h = denoise(ops, config, w, canvas, soft, offset, past, ragged=ragged)
-    h = h.reshape(-1, h.shape[-1])
-    return ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms.reshape(-1))
+    return vocabulary(ops, config, w, h, temperature, uniforms)
+
+
+def vocabulary(
+    ops: Ops,
+    config: Config,
+    w: Weights,
+    h: Array,
+    temperature: Array | float,
+    uniforms: Array,
+    soft_bound: float = 0.0,
+) -> Guess:
+    """What the vocabulary says of hidden states h [B, L, D]; with a `soft_bound` it may read the host."""
+    h, uniforms = h.reshape(-1, h.shape[-1]), uniforms.reshape(-1)
+    return ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms, soft_bound)

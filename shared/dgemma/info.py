@@ -98,7 +98,10 @@ def kv_bytes(config: Config, form: Format, tokens: int) -> int:
 
 
 def vocabulary_bytes(config: Config, form: Format) -> int:
-    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions at once, wide."""
+    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions at once, wide.
+
+    PyTorch's plain path and NumPy keep it; MLX keeps a few tiles, and CUDA's kernels half of it.
+    """
     return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
 
 

@@ -31,7 +31,7 @@ def load(
     a GPU, float32 on a CPU); `device` a torch device. `progress(done, total)` counts weight bytes.
     Raises DgemmaError with one line for anything that is wrong with the files or the machine.
     """
-    backend = _checked(backend, dtype, device)
+    backend = choose(backend, dtype, device)
     checkpoint = Checkpoint.open(resolve(MODEL_DIR if model is None else model))
     tokenizer = Tokenizer.open(checkpoint.folder)
     ops = make_ops(backend, dtype, device)  # after the files: a framework takes seconds to import
@@ -41,7 +41,7 @@ def load(
 
 def make_ops(backend: str = "auto", dtype: str | None = None, device: str | None = None) -> Ops:
     """The `Ops` of a backend; BackendError says how to get it where it is missing."""
-    backend = _checked(backend, dtype, device)
+    backend = choose(backend, dtype, device)
     if backend == "numpy":
         from .numpy_ops import NumpyOps
 
@@ -55,7 +55,7 @@ def make_ops(backend: str = "auto", dtype: str | None = None, device: str | None
     return make_cuda(dtype, device)
 
 
-def _checked(backend: str, dtype: str | None, device: str | None) -> str:
+def choose(backend: str, dtype: str | None, device: str | None) -> str:
     """The backend that a choice means; BackendError if it cannot be had. Imports no framework."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")

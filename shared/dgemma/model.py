@@ -13,7 +13,7 @@ else (padding or not, first step or not) picks the compiled variant.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from . import graph, sampler
 from .cache import Cache
 from .config import Config, GenerationConfig
 from .errors import PromptError
-from .ops import Array, Ops
+from .ops import Array, Guess, Ops
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+Inputs = tuple[Array, Array, list[graph.KV]]  # canvas, offset, past
 
 # Prompt tokens a prefill pass takes at most; scores of one pass are [heads, chunk, context].
 PREFILL_CHUNK = 512
@@ -65,6 +66,7 @@ class Step:
 
     `canvas` [B, L]: accepted samples, fresh noise elsewhere: the next step's input. `argmax` [B, L]:
     what would be committed. `entropy` [B, L] float32 nats; `accepted` [B, L] bool; `soft` [B, L, D].
+    `missing` [B, L] is the probability that `soft` leaves out at most, None where all of it is dense.
     """
 
     canvas: np.ndarray
@@ -72,6 +74,12 @@ class Step:
     entropy: np.ndarray
     accepted: np.ndarray
     soft: Array
+    missing: np.ndarray | None = None
+
+    @property
+    def dense(self) -> np.ndarray:
+        """Positions [B, L] whose soft embedding left nothing out."""
+        return np.ones(self.argmax.shape, bool) if self.missing is None else self.missing == 0
 
 
 class Model:
@@ -183,7 +191,7 @@ class Model:
 
     def _variant(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
         if key not in self._compiled:
-            self._compiled[key] = self.ops.compile(function, repeats=key[0] == "refine")
+            self._compiled[key] = self.ops.compile(function, repeats=key[0] in ("refine", "denoise"))
         return self._compiled[key]
 
     # ---- canvases -------------------------------------------------------------------------------
@@ -220,13 +228,33 @@ class Model:
         uniforms: np.ndarray,
         noise: np.ndarray,
         entropy_bound: float | None = None,
+        soft_bound: float = 0.0,
     ) -> Step:
         """One denoising step of canvas [B, L] at a temperature.
 
         `uniforms` [B, L] in [0, 1) pick each position's sample; `noise` [B, L] are the tokens that
-        positions outside the entropy bound (default: the checkpoint's) are refilled with. One host read.
+        positions outside the entropy bound (default: the checkpoint's) are refilled with. Of the new soft
+        embedding, `soft_bound` of the probability may be missing. One host read, with a `soft_bound`
+        those that `Ops.vocabulary` makes besides.
         """
-        ops, ragged = self.ops, context.ragged
+        ops = self.ops
+        inputs = *self._inputs(context, canvas), context.cache.read()
+        draw = ops.aswide(np.asarray(temperature)), ops.aswide(np.asarray(uniforms))
+        if soft_bound:
+            host, new = self._sparse(context.ragged, inputs, draw, self._signal(soft), soft_bound)
+        else:
+            host, new = self._dense(context.ragged, inputs, draw, self._signal(soft))
+        argmax, sample, entropy, *missing = ops.to_numpy(host).reshape(-1, *np.shape(canvas))
+        bound = self.generation.entropy_bound if entropy_bound is None else entropy_bound
+        accepted = sampler.accept(entropy, bound)
+        refilled = np.where(accepted, sample, noise).astype(np.int64)
+        step = Step(refilled, argmax.astype(np.int64), entropy.astype(np.float32), accepted, new)
+        return replace(step, missing=missing[0]) if missing else step
+
+    def _dense(
+        self, ragged: bool, inputs: Inputs, draw: tuple[Array, Array], signal: tuple[Array, ...]
+    ) -> tuple[Array, Array]:
+        """What the host needs of a step, and its soft embedding [B, L, D]; compiled as a whole."""
 
         def run(  # type: ignore[no-untyped-def]
             canvas: Array,
@@ -236,33 +264,47 @@ class Model:
             uniforms: Array,
             *soft: Array,
         ):
-            signal = soft[0] if soft else None
             guess = graph.step(
-                ops,
+                self.ops,
                 self.config,
                 self.weights,
                 canvas,
-                signal,
+                soft[0] if soft else None,
                 offset,
                 past,
                 temperature,
                 uniforms,
                 ragged=ragged,
             )
-            # Ids are exact in float32 (below 2^24), so one array carries all that the host needs.
-            host = [ops.wide(guess.argmax)[None], ops.wide(guess.sample)[None], guess.entropy[None]]
-            return ops.concat(host, 0), guess.soft.reshape(*canvas.shape, -1)
+            return self._for_host(guess), guess.soft.reshape(*canvas.shape, -1)
 
-        run = self._variant(run, "refine", ragged, soft is not None)
-        scalars = ops.aswide(np.asarray(temperature)), ops.aswide(np.asarray(uniforms))
-        host, new_soft = run(
-            *self._inputs(context, canvas), context.cache.read(), *scalars, *self._signal(soft)
-        )
-        argmax, sample, entropy = ops.to_numpy(host).reshape(3, *np.shape(canvas))
-        bound = self.generation.entropy_bound if entropy_bound is None else entropy_bound
-        accepted = sampler.accept(entropy, bound)
-        refilled = np.where(accepted, sample, noise).astype(np.int64)
-        return Step(refilled, argmax.astype(np.int64), entropy.astype(np.float32), accepted, new_soft)
+        return self._variant(run, "refine", ragged, bool(signal))(*inputs, *draw, *signal)
+
+    def _sparse(
+        self,
+        ragged: bool,
+        inputs: Inputs,
+        draw: tuple[Array, Array],
+        signal: tuple[Array, ...],
+        bound: float,
+    ) -> tuple[Array, Array]:
+        """As `_dense`, compiled but for the vocabulary, which may read the host."""
+        ops, config, w = self.ops, self.config, self.weights
+
+        def run(canvas: Array, offset: Array, past: list[graph.KV], *soft: Array) -> tuple[Array]:
+            signal = soft[0] if soft else None
+            return (graph.denoise(ops, config, w, canvas, signal, offset, past, ragged=ragged),)
+
+        (h,) = self._variant(run, "denoise", ragged, bool(signal))(*inputs, *signal)
+        guess = graph.vocabulary(ops, config, w, h, *draw, bound)
+        return self._for_host(guess), guess.soft.reshape(*h.shape[:2], -1)
+
+    def _for_host(self, guess: Guess) -> Array:
+        """All that the host needs in one array: ids are exact in float32, being below 2^24."""
+        wide = self.ops.wide
+        parts = [wide(guess.argmax), wide(guess.sample), guess.entropy]
+        parts += [] if guess.missing is None else [guess.missing]
+        return self.ops.concat([part[None] for part in parts], 0)
 
     def _inputs(self, context: Context, canvas: Any) -> tuple[Array, Array]:
         canvas = _integers(canvas)

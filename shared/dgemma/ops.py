@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .config import Config
 
 Array = Any
+# What a sparse row is said to leave out at least, so that it can be told from a dense one.
+TRACE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Guess:
     sample: Array  # [N] int, drawn with the given uniforms
     entropy: Array  # [N] wide, nats
     soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
+    # [N] wide: probability that `soft` leaves out at most, 0 in dense rows. None where all had to be dense.
+    missing: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,11 @@ class Ops:
     vocab_tile = 32768
     # Rows of that plane at once: 256 × 262,144 float32 are 268 MB.
     vocab_rows = 256
+    # Tokens that a sparse soft embedding keeps.
+    soft_tokens = 128
+    # What surrounds work that is done once and may take seconds, as compiling: waiting("what it is"). A front
+    # end that wants to say so replaces it; see `dgemma.cli`.
+    waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     # ---- primitives -----------------------------------------------------------------------------
 
@@ -210,7 +219,7 @@ class Ops:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def arrange(self, record: Quantized, name: str) -> Any:
-        """A placed stack of experts, "gate_up" or "down", as this backend's `experts` reads it best."""
+        """A placed matrix or stack of experts ("gate_up", "down") as `linear` and `experts` read it best."""
         return record
 
     def free_memory(self) -> int | None:
@@ -461,33 +470,56 @@ class Ops:
 
     def logits(self, h: Array, table: Array, softcap: float) -> Array:
         """softcap · tanh(h @ tableᵀ / softcap), wide; h [..., D], table [v, D]."""
-        return softcap * self.tanh(self.wide(self.linear(h, table)) / softcap)
+        return self.softcap(self.wide(self.linear(h, table)), softcap)
+
+    def softcap(self, z: Array, cap: float) -> Array:
+        """cap · tanh(z / cap)."""
+        return cap * self.tanh(z / cap)
 
     def soft_embedding(self, p: Array, table: Array) -> Array:
         """p @ table: p [..., v] wide, in the table's type for the product (as the reference does)."""
         return self.compute(p) @ self.dense(table)
 
     def vocabulary(
-        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array | float,
+        uniforms: Array,
+        soft_bound: float = 0.0,
     ) -> Guess:
         """Argmax, sample, entropy and soft embedding of h [N, D] against the table [V, D].
 
         With z = logits / temperature and p = softmax(z): entropy −Σ p log p; the sample is the first
         token whose cumulative p exceeds its uniform [N]. Two passes over tiles of z: the first
         gathers maximum and sums online, the second turns tiles into probabilities.
+
+        With a `soft_bound` a soft embedding may leave out that much probability. A row whose most probable
+        `soft_tokens` leave out no more is *sparse*: it is made of those alone; every other row is dense.
+        Which tokens are kept is a backend's own (runs of 32, or the first of those that are probable), so
+        all that is promised is the bound: beyond its rounding `soft` is off by `missing` times the largest
+        value of the table at most. A backend may read the host to tell the rows apart: with a bound this
+        must not be recorded or compiled.
         """
         parts: list[Guess] = []
         for a in range(0, h.shape[0], self.vocab_rows):
             rows = slice(a, a + self.vocab_rows)
             x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
-            parts.append(self._vocabulary(x, table, softcap, temperature, uniforms[rows]))
+            parts.append(self._vocabulary(x, table, softcap, temperature, uniforms[rows], soft_bound))
         if len(parts) == 1:
             return parts[0]
-        names = ("argmax", "sample", "entropy", "soft")
+        names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
         return Guess(*(self.concat([getattr(part, name) for part in parts], 0) for name in names))
 
     def _vocabulary(
-        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array | float,
+        uniforms: Array,
+        soft_bound: float = 0.0,
     ) -> Guess:
         edges = range(0, table.shape[0], self.vocab_tile)
         tiles: list[Array] = []
@@ -501,6 +533,7 @@ class Ops:
             e = self.exp(z - top)
             mass = mass + self.sum(e, -1, keepdims=True)
             weighted = weighted + self.sum(e * (z - top), -1, keepdims=True)
+        floor, missing = self._few(tiles, top, mass, soft_bound) if soft_bound else (None, None)
         sample, soft = argmax * 0, self.wide(h) * 0.0
         for index, a in enumerate(edges):
             z = self.after(tiles[index], mass, weighted, sample, soft)
@@ -509,11 +542,29 @@ class Ops:
             reach = self.cumsum(p, -1) + below
             sample = sample + self.sum(reach <= uniforms[:, None], -1)
             below = reach[:, -1:]
+            if floor is not None:
+                p = self.where(z < floor, p * 0.0, p)
             soft = soft + self.wide(self.soft_embedding(p, self.rows(table, a, a + self.vocab_tile)))
         # Rounding can leave the last cumulative sum below the uniform: then no token exceeds it.
         sample = self.where(sample < table.shape[0], sample, argmax)
         entropy = self.log(mass) - weighted / mass
-        return Guess(argmax, sample, entropy[:, 0], self.compute(soft))
+        return Guess(argmax, sample, entropy[:, 0], self.compute(soft), missing)
+
+    def _few(self, tiles: list[Array], top: Array, mass: Array, bound: float) -> tuple[Array, Array]:
+        """The least z [N, 1] that a row's soft embedding keeps, and the probability [N] that it leaves out.
+
+        Tokens as probable as the last of the most probable `soft_tokens` are kept too.
+        """
+        best = tiles[0][:, :0]
+        for z in tiles:
+            best, _ = self.top_k(self.concat([best, z], -1), self.soft_tokens)
+        floor, missing = best[:, -1:], mass * 0.0
+        for z in tiles:
+            missing = missing + self.sum(self.where(z < floor, self.exp(z - top), 0.0), -1, keepdims=True)
+        missing = missing / mass
+        sparse = missing <= bound  # NaN is not
+        missing = self.where(missing > TRACE, missing, TRACE)
+        return self.where(sparse, floor, -1e30), self.where(sparse, missing, 0.0)[:, 0]
 
     def _peak(self, tiles: list[Array], edges: range) -> tuple[Array, Array]:
         """Maximum [N, 1] and its first place [N] over all tiles."""

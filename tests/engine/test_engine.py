@@ -128,6 +128,35 @@ def test_stats(model: Model) -> None:
         assert flat["token_ids"] == done.tokens and flat["steps"] == 10 and flat["seed"] == 3
 
 
+def test_soft_embeddings_that_leave_something_out(model: Model) -> None:
+    model.ops.soft_tokens = 32
+    for done in replies(model, PROMPTS, max_new_tokens=20, soft_bound=0.999):
+        assert 0 < done.stats.soft_missing <= 0.999 and done.stats.soft_dense == 0
+        assert done.json()["soft_missing"] == done.stats.soft_missing
+    for bound in (None, 1e-12):  # less than a random model's rows leave out
+        (done,) = replies(model, PROMPTS[:1], soft_bound=bound)
+        assert (done.stats.soft_missing, done.stats.soft_dense) == (0, 1)
+
+
+@pytest.mark.parametrize("dense, expected", [(0.4, [0.1] * 5), (0.6, [0.1, 0, 0.1, 0, 0.1])])
+def test_sparse_rows_are_not_looked_for_after_most_were_dense(
+    exact: Model, dense: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounds, refine = [], exact.refine
+
+    def scripted(*args: Any, soft_bound: float, **options: Any) -> Step:
+        bounds.append(soft_bound)
+        missing = np.where(np.arange(CANVAS) < dense * CANVAS, 0, 0.05)[None] if soft_bound else None
+        return replace(refine(*args, **options), missing=missing)
+
+    monkeypatch.setattr(exact, "refine", scripted)
+    (done,) = replies(exact, PROMPTS[:1], max_new_tokens=CANVAS, soft_bound=0.1)
+    assert bounds == expected
+    share = np.ceil(dense * CANVAS) / CANVAS
+    assert done.stats.soft_dense == pytest.approx(np.mean([share if bound else 1 for bound in bounds]))
+    assert done.stats.soft_missing == 0.05
+
+
 def test_prompt_forms(exact: Model) -> None:
     """One row of ids, a batch of one, tuples: the same reply."""
     ids = PROMPTS[1]
@@ -328,6 +357,8 @@ def test_row_ids(exact: Model) -> None:
         {"temperature": 1.0},
         {"steps": 2.5},
         {"max_new_tokens": 1.5},
+        {"soft_bound": 1.0},
+        {"soft_bound": -0.1},
         {"steps": "8"},
     ],
     ids=str,

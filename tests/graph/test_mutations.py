@@ -126,7 +126,7 @@ BUGS = {
     "norms with 1 + weight": Bug("ops.py", "y = y * self.wide(weight)", "y = y * (1 + self.wide(weight))"),
     "no softcap": Bug(
         "ops.py",
-        "return softcap * self.tanh(self.wide(self.linear(h, table)) / softcap)",
+        "return self.softcap(self.wide(self.linear(h, table)), softcap)",
         "return self.wide(self.linear(h, table))",
     ),
     "V not normed": Bug(

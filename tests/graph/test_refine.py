@@ -131,6 +131,28 @@ def test_steps_from_float64_state(backend: tuple[str, str], name: str) -> None:
         canvas = step.canvas
 
 
+def test_only_a_bound_takes_the_vocabulary_out_of_the_compiled_step(ops: Ops) -> None:
+    """And without one, the host reads a step once and its soft embedding is whole."""
+    model, uniforms, canvas = our_model(ops, oracle("window")), np.full((2, 16), 0.5), tokens(4, 2, 16)
+    context, reads, to_numpy = model.encode(PROMPT), [], ops.to_numpy
+    ops.to_numpy = lambda x: reads.append(x.shape) or to_numpy(x)  # type: ignore
+    before, seen = set(model._compiled), []
+    for bound in (0.0, 1e-3):
+        step = model.refine(context, canvas, None, 0.7, uniforms, canvas, soft_bound=bound)
+        seen.append(step)
+        assert reads.pop() == (4 if bound else 3, 32) and not reads
+        assert {key[0] for key in set(model._compiled) - before} == {"denoise" if bound else "refine"}
+        before = set(model._compiled)
+    whole, some = seen
+    assert whole.missing is None and whole.dense.all()
+    assert some.missing is not None and some.missing.max() <= 1e-3
+    for what in ("canvas", "argmax", "accepted"):
+        np.testing.assert_array_equal(getattr(some, what), getattr(whole, what))
+    off = np.abs(to_numpy(some.soft) - to_numpy(whole.soft)).max(-1)
+    largest = np.abs(to_numpy(model.weights.embed)).max()
+    assert (off <= (some.missing + 1e-5) * largest).all()
+
+
 def test_first_step_is_the_schedule_top() -> None:
     assert sampler.temperature(CONFIG, STEPS) == CONFIG.t_max
     theirs = LinearTemperatureScheduleLogitsProcessor(CONFIG.t_min, CONFIG.t_max, STEPS)

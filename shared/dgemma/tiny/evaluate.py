@@ -30,13 +30,14 @@ from . import tasks
 
 @dataclass(frozen=True)
 class Score:
-    """One task's result over `count` prompts; `tokens_per_forward` and `steps_per_canvas` are pooled."""
+    """One task's result over `count` prompts; what follows the accuracy is pooled."""
 
     task: str
     count: int
     accuracy: float
     tokens_per_forward: float
     steps_per_canvas: float
+    soft_dense: float  # share of soft embeddings that left nothing out
 
 
 def held_out(task: str, count: int, seed: int = 0) -> list[tasks.Example]:
@@ -74,17 +75,18 @@ def score(model: Model, task: str, count: int, seed: int = 0, batch: int = 32, *
     steps = sum(reply.stats.steps for reply in done)
     canvases = sum(reply.stats.canvases for reply in done)
     tokens = sum(reply.stats.tokens for reply in done)
-    return Score(task, count, sum(right) / count, tokens / steps, steps / canvases)
+    dense = sum(reply.stats.soft_dense * reply.stats.steps for reply in done)
+    return Score(task, count, sum(right) / count, tokens / steps, steps / canvases, dense / steps)
 
 
 def table(scores: Iterable[Score]) -> Table:
     """The scores as a printed table."""
     out = Table("task", box=None)
-    for header in ("prompts", "accuracy", "tokens/forward", "steps/canvas"):
+    for header in ("prompts", "accuracy", "tokens/forward", "steps/canvas", "dense"):
         out.add_column(header, justify="right")
     for s in scores:
         cells = f"{s.accuracy:.1%}", f"{s.tokens_per_forward:.1f}", f"{s.steps_per_canvas:.1f}"
-        out.add_row(s.task, str(s.count), *cells)
+        out.add_row(s.task, str(s.count), *cells, f"{s.soft_dense:.1%}")
     return out
 
 
@@ -96,6 +98,7 @@ def table(scores: Iterable[Score]) -> Table:
 @click.option("--task", "chosen", type=click.Choice(list(tasks.TASKS)), multiple=True, help="Default: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--soft-bound", type=float, help="Probability that a soft embedding may leave out.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a task on stdout.")
 def main(
     model: str | None,
@@ -105,13 +108,14 @@ def main(
     chosen: tuple[str, ...],
     seed: int,
     batch: int,
+    soft_bound: float | None,
     as_json: bool,
 ) -> None:
     try:
         loaded = load(model, backend, dtype)
         err = Console(file=sys.stderr)
         names = track(chosen or tuple(tasks.TASKS), "evaluating", console=err, disable=not err.is_terminal)
-        scores = [score(loaded, task, count, seed, batch) for task in names]
+        scores = [score(loaded, task, count, seed, batch, soft_bound=soft_bound) for task in names]
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None
     if as_json:

@@ -1,0 +1,259 @@
+"""Attention of a canvas over its past and itself, piece by piece: replaces `Ops.attend`, and copies no keys.
+
+Keys and values stay where they are: each piece of them has scores of its own, and the heads of a KV head
+are the rows of one matrix. As in MLX's own attention, scores are of the compute type, the softmax is
+float32, and weights are rounded to the compute type for the product. A past of one piece is weighed
+together with the canvas; of a longer one, pieces follow each other and are merged in float32 by the
+logarithms of their masses. So no temporary grows with the context: see `slots`.
+
+The price: the sum over a past's last piece and the canvas is rounded once more than one product would be;
+a merge reads and writes float32 sums [B, H, L, C], at the released sizes 0.6 of what the scores of 1,024
+slots move; and values of padding must be finite, as a weight of zero is all that hides them.
+
+What a group of pieces becomes is `weighed`, with a kernel, or `weighed_plain`; all else is the same code.
+
+    B rows of a batch  H heads  G KV heads  L queries  P cached slots  n slots of a piece  C head size
+    R rows of a KV head's matrix: H/G · L
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from dgemma.ops import Array, Ops
+
+from .launch import Kernel, simd_groups
+
+if TYPE_CHECKING:
+    from dgemma_mlx.ops import MlxOps
+
+KV = tuple[Array, Array]
+
+# Slots of a piece: at the released sizes scores and weights are then 8 MB each in bfloat16, which the caches
+# of larger chips hold, and a context of 1,024 needs no merge.
+SLOTS = 1024
+THREADS = 256  # of a row of scores, at most
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What a group of pieces comes to: a weighted mean of its values, and how much it weighs."""
+
+    y: Array  # [B, G, R, C] of the compute type or float32
+    log_mass: Array  # [B, G, R, 1] float32: log Σ exp(score)
+
+
+# (ops, q [B, G, R, C], one or two pieces, pad, first slot of the first piece)
+Weigh = Callable[["MlxOps", Array, Sequence[KV], "Array | None", int], Weighed]
+
+
+def attend(
+    ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, causal: bool, window: int | None
+) -> Array:
+    """`Ops.attend` of q [B, H, L, C] over `past` [B, G, P, C] and its own L slots.
+
+    A canvas, which is not `causal`, sees all of the past that it is given; its queries are never padding, so
+    that `pad` [B] hides slots of the past only. Causal attention is MLX's over joined keys.
+    """
+    if causal:
+        return Ops.attend(ops, q, own, past, pad, causal, window)
+    return _attend(ops, q, own, past, pad, weighed)
+
+
+def attend_plain(
+    ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, causal: bool, window: int | None
+) -> Array:
+    """`attend` without a kernel."""
+    if causal:
+        return Ops.attend(ops, q, own, past, pad, causal, window)
+    return _attend(ops, q, own, past, pad, weighed_plain)
+
+
+def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, weigh: Weigh) -> Array:
+    B, H, L, C = q.shape
+    rows = q.reshape(B, own[0].shape[1], -1, C)  # [B, G, R, C]
+    total = None
+    for start, pieces in _groups(own, past, slots(B * H * L, ops.score_bytes)):
+        # Evaluation is breadth first: without this edge the scores of all groups exist at once.
+        x = rows if total is None else ops.after(rows, total.y)
+        new = weigh(ops, x, pieces, None if pieces[0] is own else pad, start)
+        total = new if total is None else _merged(ops, total, new)
+    assert total is not None
+    return ops.like(total.y, q).reshape(B, H, L, C)
+
+
+def slots(queries: int, most: int) -> int:
+    """Slots of a piece, so that its scores for `queries` (B·H·L) fit `most` bytes, counted as float32.
+
+    These scores are the largest temporary whatever the context, at most 4 · B·H·L · 1024 bytes: 17 MB for a
+    canvas of the released model, 8 MB in bfloat16. A CPU, which has ten operations in flight, holds up to
+    ten such arrays. The canvas's scores of itself, B·H·L² of them, are not divided.
+    """
+    return max(1, min(SLOTS, most // (4 * queries)))
+
+
+def _groups(own: KV, past: KV | None, size: int) -> list[tuple[int, list[KV]]]:
+    """What is weighed together: pieces of the past, each with its first slot; the last one with `own`."""
+    if past is None or past[0].shape[2] == 0:
+        return [(0, [own])]
+    k, v = past
+    groups = [(a, [(k[:, :, a : a + size], v[:, :, a : a + size])]) for a in range(0, k.shape[2], size)]
+    groups[-1][1].append(own)
+    return groups
+
+
+def _merged(ops: MlxOps, a: Weighed, b: Weighed) -> Weighed:
+    total = mx.logaddexp(a.log_mass, b.log_mass)
+    shares = [ops.wide(x.y) * mx.exp(x.log_mass - total) for x in (a, b)]
+    return Weighed(shares[0] + shares[1], total)
+
+
+def _scores(q: Array, pieces: Sequence[KV]) -> list[Array]:
+    return [q @ k.swapaxes(2, 3) for k, _ in pieces]
+
+
+def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
+    """Σ weights @ values over pieces."""
+    y = weights[0] @ pieces[0][1]
+    for p, (_, v) in zip(weights[1:], pieces[1:], strict=True):
+        y = mx.addmm(y, p, v)
+    return y
+
+
+# ---- weighing a group ----------------------------------------------------------------------------------
+
+
+def weighed(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
+    """Scores of each piece, `softmax` over all of them, and the sum of values so weighted."""
+    weights, log_mass = softmax(_scores(q, pieces), pad, start)
+    return Weighed(_sum(weights, pieces), log_mass)
+
+
+def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[list[Array], Array]:
+    """Softmax over the rows of one or two pieces [B, G, R, n] as if joined, and log Σ exp [B, G, R, 1].
+
+    Weights are of the type of scores. Slots before `pad` [B] weigh 0, where the first piece begins at slot
+    `start`; if nothing is left of a row, so does all of it, and its log is −3e38. One launch.
+    """
+    first, second = scores[0], scores[-1]
+    B, G, R, _ = first.shape
+    pair = len(scores) == 2
+    n = sum(s.shape[-1] for s in scores)
+    threads = simd_groups(n, THREADS)
+    *weights, log_mass = SOFTMAX(
+        first,
+        second,
+        mx.array([0]) if pad is None else pad,
+        mx.array(start),
+        grid=(threads, B * G * R, 1),
+        group=(threads, 1, 1),
+        shapes=(first.shape, second.shape if pair else (1,), (B, G, R, 1)),
+        dtypes=(first.dtype, first.dtype, mx.float32),
+        T=first.dtype,
+        PAIR=pair,
+        PADDED=pad is not None,
+        HELD=-(-n // threads),
+        TG=threads,
+    )
+    return weights[: len(scores)], log_mass
+
+
+def weighed_plain(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
+    """`weighed` without a kernel."""
+    scores = _scores(q, pieces)
+    if not ops.on_gpu:
+        return _weighed_on_cpu(ops, _masked(ops, scores, pad, start), pieces)
+    weights, log_mass = softmax_plain(ops, scores, pad, start)
+    return Weighed(_sum(weights, pieces), log_mass)
+
+
+def _weighed_on_cpu(ops: MlxOps, scores: Sequence[Array], pieces: Sequence[KV]) -> Weighed:
+    """A CPU's products would copy the parts of joined weights, so scores are not joined here.
+
+    Exponentials are what is slow, so there is one for each score, and the mass divides the sum of values.
+    """
+    top = ops.wide(reduce(mx.maximum, [mx.max(s, -1, keepdims=True) for s in scores]))
+    weights = [mx.exp(ops.wide(s) - top) for s in scores]
+    mass = reduce(mx.add, [mx.sum(p, -1, keepdims=True) for p in weights])
+    y = _sum([ops.like(p, s) for p, s in zip(weights, scores, strict=True)], pieces)
+    return Weighed(ops.wide(y) / mass, top + mx.log(mass))
+
+
+def softmax_plain(
+    ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int
+) -> tuple[list[Array], Array]:
+    """`softmax` without a kernel; a row of which nothing is left has the log of the least number instead.
+
+    Scores are joined, so that MLX's fused softmax reads them once: no more than a piece and a canvas.
+    """
+    scores = _masked(ops, scores, pad, start)
+    x = scores[0] if len(scores) == 1 else ops.concat(scores, -1)
+    p, n = ops.softmax(x, -1), scores[0].shape[-1]
+    return [p[..., :n], p[..., n:]][: len(scores)], mx.logsumexp(ops.wide(x), -1, keepdims=True)
+
+
+def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int) -> list[Array]:
+    """`scores`, of which those of slots before `pad` are the least number there is."""
+    first, *rest = scores
+    if pad is None:
+        return [first, *rest]
+    n = first.shape[-1]
+    # Seen by whoever comes next: the last column is that query's own.
+    mask = ops.visible(1, n + 1, pad - start, False, None)
+    assert mask is not None
+    return [mx.where(mask[..., :n], first, mx.finfo(first.dtype).min), *rest]
+
+
+# A thread has the scores t, t + TG, ... of its row, first those of the one piece, then the other's. What is
+# hidden or beyond the end is LOWEST, and is not read: the score of a hidden key may be NaN.
+SOFTMAX = Kernel(
+    name="attention_softmax",
+    inputs=("first", "second", "pad", "start"),
+    outputs=("p_first", "p_second", "log_mass"),
+    source="""
+    constexpr int SG = TG / 32;
+    constexpr float LOWEST = -3e38f;
+    threadgroup float tops[SG];
+    threadgroup float masses[SG];
+    const int t = int(thread_position_in_threadgroup.x);
+    const uint lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
+    const size_t row = threadgroup_position_in_grid.y;
+    const int n = first_shape[3], m = PAIR ? second_shape[3] : 0;
+    const size_t batch = row / (size_t(first_shape[1]) * first_shape[2]);
+    const int hidden = PADDED ? static_cast<int>(pad[batch]) - start : 0;
+    float v[HELD];
+    float top = LOWEST;
+    for (int i = 0; i < HELD; i++) {
+        const int at = t + i * TG;
+        v[i] = LOWEST;
+        if (at < n && at >= hidden) v[i] = static_cast<float>(first[row * n + at]);
+        if (PAIR && at >= n && at < n + m) v[i] = static_cast<float>(second[row * m + at - n]);
+        top = metal::max(top, v[i]);
+    }
+    top = simd_max(top);
+    if (lane == 0) tops[sg] = top;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    top = simd_max(lane < uint(SG) ? tops[lane] : LOWEST);
+    float mass = 0.0f;
+    for (int i = 0; i < HELD; i++) {
+        v[i] = v[i] == LOWEST ? 0.0f : metal::precise::exp(v[i] - top);
+        mass += v[i];
+    }
+    mass = simd_sum(mass);
+    if (lane == 0) masses[sg] = mass;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    mass = simd_sum(lane < uint(SG) ? masses[lane] : 0.0f);
+    const float share = mass == 0.0f ? 0.0f : 1.0f / mass;
+    for (int i = 0; i < HELD; i++) {
+        const int at = t + i * TG;
+        if (at < n) p_first[row * n + at] = static_cast<T>(v[i] * share);
+        if (PAIR && at >= n && at < n + m) p_second[row * m + at - n] = static_cast<T>(v[i] * share);
+    }
+    if (t == 0) log_mass[row] = mass == 0.0f ? LOWEST : top + metal::precise::log(mass);
+""",
+)

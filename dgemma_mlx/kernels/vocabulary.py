@@ -1,0 +1,468 @@
+"""What the vocabulary says of each position, in one pass over the table: replaces `Ops._vocabulary`.
+
+The definition keeps a float32 plane [N, V], since a probability needs the largest logit of all. Here z is
+taken relative to the largest so far, as flash attention does: a tile of the table is read for its logits
+and at once for its share of the soft embedding, and earlier sums fade where a tile holds a larger logit.
+All that stays of a tile is the mass of each run of 32 tokens, V/32 numbers a row. They say in which run
+the sample lies, and the logits of those 32 tokens are computed again.
+
+The price: the float32 sums [N, D] are read and written once a tile, 32 rows of the table are gathered for
+each row of h, and a logit computed again may be rounded the other way. So the first logits alone decide
+which run it is, and the second only how its mass is divided.
+
+`sparse_vocabulary` first reads the table for logits only. Where the runs of the most mass will do, their rows
+of the table are gathered and summed; for the rest of the rows the table is read a second time, logits and
+all. The price: the host learns which rows those are, so it cannot be compiled, and where many rows are dense
+it costs more than it saves.
+
+What a row's tile becomes is `tile`, a kernel, or `tile_plain`; all else is the same code. A row that holds
+NaN gets NaN as its entropy and soft embedding and some valid ids; no other row does.
+
+    N tokens  D hidden  V vocabulary  W tokens of a tile  T tiles  R runs of a tile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from dgemma.ops import TRACE, Array, Guess
+from dgemma.quantized import Quantized
+
+from .launch import Kernel
+
+if TYPE_CHECKING:
+    from dgemma_mlx.ops import MlxOps
+
+RUN = 32  # tokens of a run
+THREADS, READS = 256, 4  # threads of a row; adjacent tokens that each of them takes at a time
+NOTHING = -2.0  # below every t
+GATHERED = 256 * RUN  # rows of the table gathered at once: as many as the samples of 256 rows of h need
+
+
+@dataclass(frozen=True)
+class Scale:
+    """z = unit · t of what the head gives, where t = tanh(logit / softcap) and unit = softcap / temperature.
+
+    t is what is compared, and unit · (t − top) what is summed. That is 0 for the largest, which z − top need
+    not be where a compiler fuses product and difference. So no entropy is negative.
+    """
+
+    ops: MlxOps
+    softcap: float
+    unit: Array | float  # float32 []
+
+    def bend(self, raw: Array) -> Array:
+        """t of logits, float32: the softcap in units of it."""
+        return self.ops.softcap(self.ops.wide(raw) / self.softcap, 1.0)
+
+    def below(self, t: Array, top: Array) -> Array:
+        """How far z is below the largest: 0 or less."""
+        return self.unit * (t - top)
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """What is known of the tokens so far, each [N, 1]; with d as `Scale.below` gives it, and e = exp(d)."""
+
+    top: Array  # float32: the largest t
+    mass: Array  # float32: Σ e
+    weighted: Array  # float32: Σ e·d
+    argmax: Array  # int32: the first place of `top`
+
+    @classmethod
+    def start(cls, rows: int) -> Running:
+        zero = mx.zeros((rows, 1))
+        return cls(mx.full((rows, 1), NOTHING), zero, zero, mx.zeros((rows, 1), mx.int32))
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A tile's logits, worked up; `top` is the largest t up to and with this tile."""
+
+    running: Running
+    fade: Array  # [N, 1] float32: by which earlier sums shrink, as `top` rose
+    p: Array  # [N, W]: e
+    masses: Array  # [N, 1 + R] float32: `top`, then Σ e of each run
+
+
+# (what was known, logits [N, W] as the head gives them, scale, first token, R, type of p)
+Step = Callable[[Running, Array, Scale, int, int, mx.Dtype], Tile]
+
+
+def vocabulary(
+    ops: MlxOps,
+    h: Array,
+    table: Array | Quantized,
+    softcap: float,
+    temperature: Array | float,
+    uniforms: Array,
+    step: Step,
+) -> Guess:
+    """`Ops._vocabulary` of h [N, D] against the table [V, D], an array or a record.
+
+    Tiles are `ops.vocab_tile` tokens wide, and one follows another; `step` works up the logits of one.
+    """
+    scale = Scale(ops, softcap, softcap / temperature)
+    running, masses, soft = _read(ops, h, table, scale, step)
+    return Guess(*_said(ops, h, table, scale, uniforms, running, masses), soft)
+
+
+def sparse_vocabulary(
+    ops: MlxOps,
+    h: Array,
+    table: Array | Quantized,
+    softcap: float,
+    temperature: Array | float,
+    uniforms: Array,
+    step: Step,
+    bound: float,
+) -> Guess:
+    """As `vocabulary`, with rows of `soft` that leave out up to `bound` of the probability.
+
+    Such a row is made of the `ops.soft_tokens` / 32 runs that have the most mass. The host reads which rows
+    those are, and the others alone are multiplied with the table, for which their logits are made again.
+    """
+    scale = Scale(ops, softcap, softcap / temperature)
+    running, masses, _ = _read(ops, h, table, scale, step, product=False)
+    said = _said(ops, h, table, scale, uniforms, running, masses)
+    runs, missing = _best(scale, running.top, masses, max(1, ops.soft_tokens // RUN))
+    few = np.array(missing <= bound)  # NaN is not
+    sparse, dense = np.flatnonzero(few), np.flatnonzero(~few)
+    parts = []
+    if len(sparse):
+        some = mx.array(sparse)
+        ids = _tokens(runs[some], min(ops.vocab_tile, table.shape[0]), table.shape[0])
+        parts.append(_gathered(ops, h[some], table, scale, running.top[some], ids, 1 - missing[some]))
+    if len(dense):
+        parts.append(_read(ops, h[mx.array(dense)], table, scale, step)[2])
+    soft = mx.concatenate(parts)[mx.array(np.argsort(np.r_[sparse, dense]))]
+    return Guess(*said, soft, mx.where(mx.array(few), mx.maximum(missing, TRACE), 0.0))
+
+
+def _read(
+    ops: MlxOps, h: Array, table: Array | Quantized, scale: Scale, step: Step, product: bool = True
+) -> tuple[Running, Array, Array]:
+    """The table, tile by tile: what is known of all its tokens, masses [N, T, 1 + R], soft embedding [N, D].
+
+    Without the `product` the last is zero.
+    """
+    V, width = table.shape[0], min(ops.vocab_tile, table.shape[0])
+    # Factors of the table's rows go into p before it is rounded.
+    factored = isinstance(table, Quantized) and table.factor is not None
+    kind = mx.float32 if factored else ops.dtype
+    running, soft, masses, x = Running.start(len(h)), mx.array(0.0), [], h
+    for a in range(0, V, width):
+        rows = ops.rows(table, a, a + width)
+        part = step(running, ops.linear(x, rows), scale, a, -(-width // RUN), kind)
+        running = part.running
+        if product:
+            share = ops.wide(ops.soft_embedding(part.p, rows))
+            soft = soft * part.fade + share if a else share
+        masses.append(part.masses)
+        x = ops.after(h, soft, part.masses, running.weighted, running.argmax)
+    return running, mx.stack(masses, 1), ops.compute(soft / running.mass)
+
+
+def _said(
+    ops: MlxOps,
+    h: Array,
+    table: Array | Quantized,
+    scale: Scale,
+    uniforms: Array,
+    running: Running,
+    masses: Array,
+) -> tuple[Array, Array, Array]:
+    """Argmax, sample and entropy [N]."""
+    V, width = table.shape[0], min(ops.vocab_tile, table.shape[0])
+    run, rest = _run(scale, running.top, masses, uniforms)
+    ids = _tokens(run, width, V)
+    e = _masses(scale, _candidates(h, _rows(ops, table, ids)), running.top, ids, V)
+    sample = _draw(ids, e, rest, running.argmax)
+    entropy = mx.log(running.mass) - running.weighted / running.mass
+    return running.argmax[:, 0], sample, entropy[:, 0]
+
+
+def vocabulary_plain(
+    ops: MlxOps,
+    h: Array,
+    table: Array | Quantized,
+    softcap: float,
+    temperature: Array | float,
+    uniforms: Array,
+) -> Guess:
+    """`vocabulary` without a kernel."""
+    return vocabulary(ops, h, table, softcap, temperature, uniforms, tile_plain)
+
+
+# ---- the sample: the first token whose cumulative p exceeds its uniform --------------------------------
+
+
+def _run(scale: Scale, top: Array, masses: Array, uniforms: Array) -> tuple[Array, Array]:
+    """The run in which the sample lies, [N, 1] int32, and which part of its mass the sample is to exceed.
+
+    `masses` [N, T, 1 + R] as in `Tile`, `top` of all. Where there is no such run the part is no part: 1 or
+    more, or NaN.
+    """
+    share = _shares(scale, top, masses)
+    below = mx.cumsum(share, -1, inclusive=False)
+    reach = below + share
+    goal = uniforms[:, None] * reach[:, -1:]
+    run = _first((reach > goal) & (share > 0))  # a sum in parallel may rise where nothing is added
+    below, share = (mx.take_along_axis(x, run, -1) for x in (below, share))
+    return run, (goal - below) / share
+
+
+def _shares(scale: Scale, top: Array, masses: Array) -> Array:
+    """Mass [N, T·R] of each run, relative to `top` [N, 1], the largest of all."""
+    share = masses[..., 1:] * mx.exp(scale.below(masses[..., :1], top[..., None]))
+    return share.reshape(len(share), -1)
+
+
+def _tokens(runs: Array, width: int, V: int) -> Array:
+    """The tokens [N, 32 n] of runs [N, n]; V where a tile of `width`, or the vocabulary, has ended."""
+    per_tile = -(-width // RUN)
+    start = (runs // per_tile * width)[..., None]
+    ids = start + (runs % per_tile * RUN)[..., None] + mx.arange(RUN)
+    return mx.where(ids < start + width, mx.minimum(ids, V), V).reshape(len(runs), -1)
+
+
+def _draw(ids: Array, e: Array, rest: Array, argmax: Array) -> Array:
+    """The first token [N] of `ids` [N, 32] at which the mass e so far exceeds the part `rest` of theirs.
+
+    Where there is none, the argmax; a token without mass is never drawn.
+    """
+    reach = mx.cumsum(e, -1)
+    beyond = (reach > rest * reach[:, -1:]) & (e > 0)
+    token = mx.take_along_axis(ids, _first(beyond), -1)
+    return mx.where(mx.any(beyond, -1, keepdims=True), token, argmax)[:, 0]
+
+
+def _first(found: Array) -> Array:
+    """The first place [N, 1] where `found` [N, n] is true, 0 where it never is."""
+    return mx.argmax(found, -1, keepdims=True).astype(mx.int32)
+
+
+def _rows(ops: MlxOps, table: Array | Quantized, ids: Array) -> Array:
+    """Rows [N, n, D] of the table in the compute type; the last one for a token behind it."""
+    ids = mx.minimum(ids, table.shape[0] - 1)
+    return _dequantized(table[ids], ops.dtype) if isinstance(table, Quantized) else ops.take(table, ids)
+
+
+def _candidates(h: Array, rows: Array) -> Array:
+    """What the head gives for the tokens of `rows` [N, n, D] of each row of h: [N, n] in the compute type."""
+    return (rows @ h[..., None])[..., 0]
+
+
+def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
+    """e [N, n] of logits of tokens `ids`, 0 for tokens that do not exist."""
+    return mx.where(ids < V, mx.exp(scale.below(scale.bend(raw), top)), 0.0)
+
+
+def _dequantized(record: Quantized, dtype: mx.Dtype) -> Array:
+    """`Ops.dense` in one kernel: the definition's planes of int32 and float32 would be the largest of all."""
+    form, words = record.form, record.codes.view(mx.uint32)
+    assert record.scales is not None, form  # every form that MLX has, and others are not placed as records
+    y = mx.dequantize(words, record.scales, record.biases, form.group, form.bits, form.mode, dtype=dtype)
+    if record.factor is None:
+        return y
+    factor = record.factor[..., None]
+    return (y / factor if record.divides else y * factor).astype(dtype)
+
+
+# ---- a sparse soft embedding: the runs that have the most mass -------------------------------------------
+
+
+def _best(scale: Scale, top: Array, masses: Array, count: int) -> tuple[Array, Array]:
+    """The `count` runs [N, count] of the most mass, and which part [N] of all mass the others have."""
+    share = _shares(scale, top, masses)
+    count = min(count, share.shape[1])
+    runs = mx.argpartition(-share, count - 1, axis=-1)[:, :count].astype(mx.int32)
+    # Not 1 less what is kept: that would be a rounding of 1.
+    others = mx.sum(mx.put_along_axis(share, runs, mx.array(0.0), -1), -1)
+    return runs, others / mx.sum(share, -1)
+
+
+def _gathered(
+    ops: MlxOps, h: Array, table: Array | Quantized, scale: Scale, top: Array, ids: Array, kept: Array
+) -> Array:
+    """Soft embedding [N, D] of tokens `ids` [N, n], whose probabilities add up to `kept` [N]."""
+    block = max(1, GATHERED // ids.shape[1])
+    parts: list[Array] = []
+    for a in range(0, len(h), block):
+        at = slice(a, a + block)
+        rows = _rows(ops, table, ops.after(ids[at], parts[-1]) if parts else ids[at])
+        e = _masses(scale, _candidates(h[at], rows), top[at], ids[at], table.shape[0])
+        p = e * (kept[at, None] / mx.sum(e, -1, keepdims=True))
+        parts.append((ops.compute(p)[:, None] @ rows)[:, 0])
+    return mx.concatenate(parts)
+
+
+# ---- a tile ------------------------------------------------------------------------------------------
+
+
+def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtype: mx.Dtype) -> Tile:
+    """`tile` without a kernel."""
+    t = scale.bend(raw)
+    peak = mx.max(t, -1, keepdims=True)
+    place = mx.argmax(t, -1, keepdims=True).astype(mx.int32) + first
+    top = mx.maximum(running.top, peak)
+    d = scale.below(t, top)
+    e = mx.exp(d)
+    sums = _by_run(e, runs)
+    rise = scale.below(running.top, top)
+    fade = mx.exp(rise)
+    known = Running(
+        top,
+        fade * running.mass + mx.sum(sums, -1, keepdims=True),
+        fade * (running.weighted + running.mass * rise) + mx.sum(e * d, -1, keepdims=True),
+        mx.where(peak > running.top, place, running.argmax),
+    )
+    return Tile(known, fade, e.astype(dtype), mx.concatenate([top, sums], -1))
+
+
+def _by_run(e: Array, runs: int) -> Array:
+    """Sums [N, R] over runs of e [N, W]."""
+    short = runs * RUN - e.shape[1]
+    e = mx.pad(e, [(0, 0), (0, short)]) if short else e  # with nothing to add it would copy
+    return mx.sum(e.reshape(len(e), runs, RUN), -1)
+
+
+def tile(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtype: mx.Dtype) -> Tile:
+    """Logits raw [N, W] of tokens from `first` on, W <= 32 · runs, in any floating-point type -> `Tile`.
+
+    Runs behind the last token have mass 0. One launch, a threadgroup a row.
+    """
+    N, W = raw.shape
+    known, numbers = (running.top, running.mass, running.weighted, running.argmax), (N, 1)
+    scalars = (_scalar(scale.softcap), _scalar(scale.unit), mx.array(first), mx.array(runs))
+    *updated, fade, p, masses = TILE(
+        raw,
+        *known,
+        *scalars,
+        grid=(N * THREADS, 1, 1),
+        group=(THREADS, 1, 1),
+        shapes=[*[numbers] * 5, (N, W), (N, 1 + runs)],
+        dtypes=[*[mx.float32] * 3, mx.int32, mx.float32, dtype, mx.float32],
+        P=dtype,
+        THREADS=THREADS,
+        READS=READS,
+        RUN=RUN,
+    )
+    return Tile(Running(*updated), fade, p, masses)
+
+
+def _scalar(x: Array | float) -> Array:
+    """A 0-d float32, which a kernel takes as a reference."""
+    return x.astype(mx.float32).reshape(()) if isinstance(x, mx.array) else mx.array(x, mx.float32)
+
+
+# A row is read twice, for its largest t and for what is relative to that: p cannot be written before the
+# largest is known, and a tile of 16,384 tokens is too much for registers and would fill threadgroup memory.
+# The second reading finds the row, 32 KB of bfloat16, in a cache. tanh is computed twice rather than the raw
+# logits compared, so that no e exceeds 1 whatever tanh rounds to, and ties are those of the definition.
+TILE = Kernel(
+    name="vocabulary_tile",
+    inputs=(
+        "raw", "top_before", "mass_before", "weighted_before", "argmax_before",
+        "softcap", "unit", "first", "runs",
+    ),
+    outputs=("top", "mass", "weighted", "argmax", "fade", "p", "masses"),
+    header="""
+inline float bend(float x, float softcap) { return metal::precise::tanh(x / softcap); }
+""",
+    source="""
+    constexpr uint SIMDS = THREADS / 32, LANES = RUN / READS, NOWHERE = 0xFFFFFFFFu;
+    threadgroup float peaks[SIMDS];
+    threadgroup uint places[SIMDS];
+    threadgroup float sums[SIMDS];
+    threadgroup float products[SIMDS];
+    const uint at = thread_position_in_threadgroup.x;
+    const uint lane = thread_index_in_simdgroup;
+    const uint group = simdgroup_index_in_threadgroup;
+    const uint row = threadgroup_position_in_grid.x;
+    const uint width = uint(raw_shape[1]);
+    const uint padded = uint(runs) * RUN;
+    const size_t start = size_t(row) * width;
+
+    // The largest t and its first place. NaN is never larger.
+    float peak = -2.0f;
+    uint place = NOWHERE;
+    for (uint a = READS * at; a < width; a += READS * THREADS) {
+        for (uint i = a; i < a + READS; i++) {
+            if (i < width) {
+                const float t = bend(static_cast<float>(raw[start + i]), softcap);
+                place = t > peak ? i : place;
+                peak = t > peak ? t : peak;
+            }
+        }
+    }
+    const float largest = simd_max(peak);
+    place = simd_min(peak == largest ? place : NOWHERE);
+    peak = largest;
+    if (lane == 0) {
+        peaks[group] = peak;
+        places[group] = place;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint s = 0; s < SIMDS; s++) {
+        if (peaks[s] > peak || (peaks[s] == peak && places[s] < place)) {
+            peak = peaks[s];
+            place = places[s];
+        }
+    }
+    const float before = top_before[row];
+    const float now = metal::max(before, peak);
+
+    // All lanes go round equally often: they add up runs together.
+    float sum = 0.0f, product = 0.0f;
+    for (uint base = 0; base < padded; base += READS * THREADS) {
+        const uint a = base + READS * at;
+        float part = 0.0f;
+        for (uint i = a; i < a + READS; i++) {
+            if (i < width) {
+                const float d = unit * (bend(static_cast<float>(raw[start + i]), softcap) - now);
+                const float e = metal::precise::exp(d);
+                p[start + i] = static_cast<P>(e);
+                part += e;
+                product += e * d;
+            }
+        }
+        sum += part;
+        for (ushort far = 1; far < LANES; far *= 2) {
+            part += simd_shuffle_xor(part, far);
+        }
+        if (lane % LANES == 0 && a < padded) {
+            masses[size_t(row) * (runs + 1) + 1 + a / RUN] = part;
+        }
+    }
+    sum = simd_sum(sum);
+    product = simd_sum(product);
+    if (lane == 0) {
+        sums[group] = sum;
+        products[group] = product;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (at == 0) {
+        const float rise = unit * (before - now);
+        const float shrink = metal::precise::exp(rise);
+        const float old = mass_before[row];
+        float total = shrink * old;
+        float spread = shrink * (weighted_before[row] + old * rise);
+        for (uint s = 0; s < SIMDS; s++) {
+            total += sums[s];
+            spread += products[s];
+        }
+        top[row] = now;
+        mass[row] = total;
+        weighted[row] = spread;
+        argmax[row] = peak > before ? first + int(place) : argmax_before[row];
+        fade[row] = shrink;
+        masses[size_t(row) * (runs + 1)] = now;
+    }
+""",
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""The MLX backend with simulated kernels: the same logits and the same text, and off unless proven here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import dgemma
+from dgemma import graph
+from dgemma.tiny import evaluate, tasks
+from dgemma_mlx import simulator, verdict
+from dgemma_mlx.ops import MlxOps
+from tests.compare import close
+from tests.graph.test_backends_agree import config, place
+
+ALL = frozenset(verdict.KERNELS)
+BOUNDS = {mx.float32: 1e-5, mx.bfloat16: 0.05}
+
+
+@pytest.fixture(autouse=True)
+def no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of its own for every test, and nothing remembered."""
+    monkeypatch.setattr(verdict, "folder", lambda: tmp_path)
+    verdict.enabled.cache_clear()
+
+
+# ---- the same results -----------------------------------------------------------------------------
+
+
+def logits(kernels: frozenset[str], dtype: mx.Dtype, padding: tuple[int, int] = (0, 5)) -> np.ndarray:
+    """A canvas behind 30 slots, which is past the window; a row with padding, and self-conditioning."""
+    geometry, ops, rng = config(bias=True), MlxOps(dtype, kernels), np.random.default_rng(1)
+    w = place(ops, geometry)
+    prompt, canvas = rng.integers(1, 96, (2, 30)), ops.asarray(rng.integers(0, 96, (2, 12)))
+    offset, cache = np.array([-count for count in padding]), ops.cache(geometry)
+    ragged = any(padding)
+    cache.append(
+        graph.encode(ops, geometry, w, ops.asarray(prompt), ops.asarray(offset), None, ragged=ragged)
+    )
+    soft = ops.asarray(rng.standard_normal((2, 12, 32)) / 6)
+    end = ops.asarray(offset + 30)
+    h = graph.denoise(ops, geometry, w, canvas, soft, end, cache.read(), ragged=ragged)
+    return ops.to_numpy(ops.logits(h, w.embed, geometry.softcap))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("kernels", [ALL, ALL - {"gather"}], ids=["fused", "library"])
+def test_logits_are_those_without_kernels(kernels: frozenset[str], dtype: mx.Dtype) -> None:
+    plain = logits(frozenset(), dtype)
+    with simulator.installed(order="shuffled"):
+        simulated = logits(kernels, dtype)
+    worst = BOUNDS[dtype]
+    close(simulated, plain, 10 * worst if dtype == mx.bfloat16 else worst, "logits", rms=worst)
+
+
+@pytest.mark.parametrize("name", verdict.KERNELS)
+def test_each_kernel_alone_changes_no_logit(name: str) -> None:
+    kernels = frozenset({name, "experts"} if name == "gather" else {name})
+    plain = logits(frozenset(), mx.float32, (0, 0))
+    with simulator.installed():
+        close(logits(kernels, mx.float32, (0, 0)), plain, 1e-5, name)
+
+
+# Prompts of each task. With 10, all of a hundred are the same text, which takes three minutes.
+PER_TASK = 2
+
+
+def test_same_text() -> None:
+    """Prompts of all tasks, each with its own noise: the simulated backend says the same."""
+    examples = [e for task in tasks.TASKS for e in evaluate.held_out(task, PER_TASK, seed=7)]
+    model = dgemma.load(backend="mlx", dtype="float32")
+    plain = evaluate.replies(model, examples, seed=11, batch=20)
+    with simulator.installed():
+        assert model.ops.kernels == ALL  # type: ignore[attr-defined]
+        simulated = evaluate.replies(model, examples, seed=11, batch=20)
+    same = [a.text == b.text for a, b in zip(plain, simulated, strict=True)]
+    assert sum(same) >= 0.95 * len(same), f"{len(same) - sum(same)} of {len(same)} differ"
+
+
+def test_every_kernel_takes_part() -> None:
+    """What a reply launches, so that no test above compares plain MLX with itself."""
+    model = dgemma.load(backend="mlx", dtype="float32")
+    with simulator.installed(), simulator.recording() as calls:
+        model.refine(
+            model.encode([[2, 5, 6]]), np.full((1, 8), 4), None, 0.7, np.full((1, 8), 0.5), np.zeros((1, 8))
+        )
+    launched = {call.kernel.name.removeprefix("dgemma_") for call in calls}
+    assert launched >= {
+        "rms_norm",
+        "heads",
+        "open_branches",
+        "join_branches",
+        "route",
+        "plan",
+        "expert_product",
+        "combine",
+        "vocabulary_tile",
+    }
+    assert any("softmax" in name for name in launched)
+
+
+# ---- when they run --------------------------------------------------------------------------------
+
+
+def test_no_kernel_is_made_at_import() -> None:
+    script = """
+import mlx.core as mx
+def refuse(*args, **kwargs): raise AssertionError("a kernel was made")
+mx.fast.metal_kernel = refuse
+import dgemma, dgemma_mlx.ops, dgemma_mlx.selftest
+from dgemma_mlx.kernels import attention, moe, norms, plan, vocabulary
+model = dgemma.load(backend="mlx")
+assert [event for event in model.generate([{"role": "user", "content": "Hi!"}], seed=0)]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_on_a_cpu_no_kernel_runs_but_in_the_simulator() -> None:
+    ops = MlxOps()
+    assert ops.kernels == frozenset()
+    with simulator.installed():
+        assert ops.kernels == ALL
+    assert ops.kernels == frozenset()
+
+
+def test_a_gpu_runs_what_its_verdict_allows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ops = MlxOps()
+    monkeypatch.setattr(ops, "on_gpu", True)
+    assert ops.kernels == frozenset() == ops.kernels
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1 and "dgemma selftest" in said.err
+    off = dict.fromkeys(verdict.KERNELS) | {"gather": "slower: 2 ms for 1 ms", "attend": "wrong by 3"}
+    verdict.write(off)
+    assert ops.kernels == ALL - {"gather", "attend"}
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "attend" in said.err and "gather" not in said.err
+    verdict.write(dict.fromkeys(verdict.KERNELS))
+    assert ops.kernels == ALL and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["chip", "mlx", "kernels", "system"])
+def test_a_verdict_holds_for_one_machine(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict.write(dict.fromkeys(verdict.KERNELS))
+    assert verdict.read() is not None
+    other = verdict.machine() | {change: "another"}
+    monkeypatch.setattr(verdict, "machine", lambda: other)
+    assert verdict.read() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"off": 3}', '{"off": {"heads": null}}'])
+def test_a_damaged_verdict_is_none(text: str) -> None:
+    place = verdict.write(dict.fromkeys(verdict.KERNELS))
+    place.write_text(text)
+    assert verdict.read() is None
+
+
+def test_an_mlx_without_kernels_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mx.fast, "metal_kernel")
+    assert "has no custom kernels" in str(verdict.notice(None))
