@@ -7,8 +7,8 @@ together with the canvas; of a longer one, pieces follow each other and are merg
 logarithms of their masses. So no temporary grows with the context: see `slots`.
 
 The price: the sum over a past's last piece and the canvas is rounded once more than one product would be;
-a merge reads and writes float32 sums [B, H, L, C], at the released sizes 0.6 of what the scores of 1,024
-slots move; and values of padding must be finite, as a weight of zero is all that hides them.
+a merge reads and writes float32 sums [B, H, L, C]; and values of padding must be finite, as a weight of
+zero is all that hides them.
 
 What a group of pieces becomes is `weighed`, with a kernel, or `weighed_plain`; all else is the same code.
 
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 KV = tuple[Array, Array]
 
-# Slots of a piece: at the released sizes scores and weights are then 8 MB each in bfloat16, which the caches
-# of larger chips hold, and a context of 1,024 needs no merge.
-SLOTS = 1024
+# Slots of a piece at most: a thread of the kernel holds 33 scores then, own canvas included.
+SLOTS = 8192
 THREADS = 256  # of a row of scores, at most
 
 
@@ -90,9 +89,9 @@ def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, 
 def slots(queries: int, most: int) -> int:
     """Slots of a piece, so that its scores for `queries` (B·H·L) fit `most` bytes, counted as float32.
 
-    These scores are the largest temporary whatever the context, at most 4 · B·H·L · 1024 bytes: 17 MB for a
-    canvas of the released model, 8 MB in bfloat16. A CPU, which has ten operations in flight, holds up to
-    ten such arrays. The canvas's scores of itself, B·H·L² of them, are not divided.
+    These scores are the largest temporary whatever the context: for a canvas of the released model 8 MB in
+    bfloat16 at 1,024 slots, and 67 MB at 8,192 and beyond. A CPU, which has ten operations in flight, holds
+    up to ten such arrays. The canvas's scores of itself, B·H·L² of them, are not divided.
     """
     return max(1, min(SLOTS, most // (4 * queries)))
 

@@ -68,7 +68,7 @@ def project(
 
 def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
     """down(gelu(gate(x)) · up(x))."""
-    return ops.linear(ops.geglu(ops.linear(x, w.gate), ops.linear(x, w.up)), w.down)
+    return ops.linear(ops.gated(x, w.gate, w.up), w.down)
 
 
 def moe(run: Pass, w: LayerWeights, x: Array, routed: Array) -> Array:

@@ -29,6 +29,7 @@ from .quantized import TABLES, Quantized
 if TYPE_CHECKING:
     from .cache import Cache
     from .config import Config
+    from .weights import MlpWeights
 
 Array = Any
 # What a sparse row is said to leave out at least, so that it can be told from a dense one.
@@ -222,6 +223,12 @@ class Ops:
         """A placed matrix or stack of experts ("gate_up", "down") as `linear` and `experts` read it best."""
         return record
 
+    def mlp_weights(self, gate: Array, up: Array, down: Array) -> MlpWeights:
+        """The placed matrices of a dense MLP as `gated` and `linear` read them best."""
+        from .weights import MlpWeights
+
+        return MlpWeights(gate, up, down)
+
     def free_memory(self) -> int | None:
         """Bytes that weights may still take: of the device, or of the machine; None if nothing says."""
         try:
@@ -357,6 +364,10 @@ class Ops:
     def geglu(self, gate: Array, up: Array) -> Array:
         """gelu(gate) · up."""
         return self.gelu(gate) * up
+
+    def gated(self, x: Array, gate: Array, up: Array) -> Array:
+        """gelu(x gateᵀ) · (x upᵀ) of x [..., D]: the first half of a dense MLP."""
+        return self.geglu(self.linear(x, gate), self.linear(x, up))
 
     def rotary(self, offset: Array, length: int, frequencies: Array) -> Any:
         """What `rope` needs for `length` positions from offset [B] on: here cos and sin [B, 1, L, C/2]."""

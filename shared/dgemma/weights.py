@@ -41,7 +41,7 @@ class BiasWeights:
 @dataclass(frozen=True)
 class MlpWeights:
     gate: Array  # [F, D]
-    up: Array  # [F, D]
+    up: Array  # [F, D]; None where a backend has stacked it below the gate
     down: Array  # [D, F]
 
 
@@ -104,11 +104,16 @@ def rope_frequencies(layer: LayerConfig) -> np.ndarray:
 
 
 def build(
-    config: Config, table: list[Param], leaf: Callable[[Param], Array], constants: Mapping[str, Any]
+    config: Config,
+    table: list[Param],
+    leaf: Callable[[Param], Array],
+    constants: Mapping[str, Any],
+    mlp: Callable[..., MlpWeights] = MlpWeights,
 ) -> Weights:
     """The tree of a text model: `leaf(param)` supplies each tensor of `table`, in table order.
 
-    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies).
+    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies); `mlp` makes a
+    layer's dense MLP of its matrices.
     """
     tree: dict[str | int, Any] = {}
     for param in table:
@@ -116,7 +121,7 @@ def build(
         for key in param.path[:-1]:
             node = node.setdefault(key, {})
         node[param.path[-1]] = leaf(param)
-    layers = tuple(_layer(tree["layers"][index]) for index in range(len(config.layers)))
+    layers = tuple(_layer(tree["layers"][index], mlp) for index in range(len(config.layers)))
     return Weights(
         embed=tree["embed"],
         norm=tree["norm"],
@@ -126,10 +131,10 @@ def build(
     )
 
 
-def _layer(node: dict[str, Any]) -> LayerWeights:
+def _layer(node: dict[str, Any], mlp: Callable[..., MlpWeights]) -> LayerWeights:
     parts: dict[str, Any] = {
         "attention": AttentionWeights(**node.pop("attention")),
-        "mlp": MlpWeights(**node.pop("mlp")),
+        "mlp": mlp(**node.pop("mlp")),
         "experts": ExpertWeights(**node.pop("experts")),
         "router": RouterWeights(**node.pop("router")),
         "bias": BiasWeights(**node.pop("bias", {})),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dgemma.ops import Ops, Stored
+from dgemma.quantized import MXFP4, NVFP4, Form, quantize
 from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
 
 BF16 = EPS["bfloat16"]
@@ -330,3 +331,22 @@ def test_mlx_never_has_all_scores_at_once():
     mx.reset_peak_memory()
     mx.eval(ops.attention(q, k, k, None, False, None))
     assert mx.get_peak_memory() - before < 0.8 * scores
+
+
+@pytest.mark.parametrize("forms", [(None, None), (NVFP4, NVFP4), (NVFP4, MXFP4), (MXFP4, None)], ids=str)
+def test_gated(any_ops: Ops, rng: np.random.Generator, forms: tuple[Form | None, Form | None]):
+    """Whatever a backend makes of the matrices when they are loaded, of one form or of two."""
+    D, F = 64, 32
+    x, arrays, exact = rng.standard_normal((2, 3, D)), [], []
+    for form in forms:
+        w = rng.standard_normal((F, D)).astype(np.float32) / 8
+        record = None if form is None else quantize(w, form)
+        arrays.append(any_ops.aswide(w) if record is None else record.map(lambda f: on_device(any_ops, f)))
+        exact.append(w.astype(np.float64) if record is None else REFERENCE.dequantize(record))
+    mlp = any_ops.mlp_weights(*arrays, any_ops.aswide(np.eye(F)))
+    y = any_ops.gated(any_ops.aswide(x), mlp.gate, mlp.up)
+    close(any_ops.to_numpy(y), REFERENCE.geglu(x @ exact[0].T, x @ exact[1].T), 1e-5, f"gated, {forms}")
+
+
+def on_device(ops: Ops, field: np.ndarray) -> Any:
+    return ops.raw(field) if field.dtype == np.uint8 else ops.aswide(field)
