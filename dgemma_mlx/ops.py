@@ -54,7 +54,7 @@ class MlxOps(Ops):
         self.dtype, self._kernels = dtype, kernels
         self.on_gpu = mx.default_device().type == mx.gpu
         if not self.on_gpu:  # up to ten operations are in flight there, each with its array; smaller ones
-            self.vocab_tile, self.score_bytes = 2048, 4 << 20  # stay in its caches, too
+            self.vocab_tile, self.score_bytes = 2048, 2 << 20  # stay in its caches, too
 
     @property
     def kernels(self) -> frozenset[str]:
