@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go and about ten minutes: the kernel tests compiled and run,
-# their memory accesses checked where compute-sanitizer is at hand, the selftest, and the benchmark at the
-# released geometry in each format. Needs no network and no installation: `python` must have torch, triton, numpy
-# and pytest. Leaves what it found in one JSON file, also when a step fails.
+# Everything that needs an NVIDIA GPU, in one go and about ten minutes, twenty where transformers is there to be
+# timed as well: the kernel tests compiled and run, their memory accesses checked where compute-sanitizer is at
+# hand, the selftest, and the benchmark at the released geometry in each format. Needs no network and no
+# installation: `python` must have torch, triton, numpy and pytest. Leaves what it found in one JSON file, also
+# when a step fails.
 #
 #     benchmarks/gpu_check.sh [OUT.json]
 set -uo pipefail
@@ -35,6 +36,10 @@ for form in nvfp4 bf16 fp8; do
 done
 step bench-nvfp4-8-rows 120 "$python" -m dgemma bench --random-weights --rows 8 --json
 step bench-nvfp4-skewed 120 "$python" -m dgemma bench --random-weights --skew 1 --json
+# Last, because compiling its passes takes minutes; its 16-bit weights need 56 GB.
+if "$python" -c 'from transformers import DiffusionGemmaForBlockDiffusion' 2>/dev/null; then
+    step against-transformers 540 "$python" -m dgemma bench --random-weights --against transformers --json
+fi
 
 "$python" - "$work" "$out" <<'PYTHON'
 import json

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,15 @@ import torch
 
 from dgemma import graph
 from dgemma.config import Config, GenerationConfig, LayerConfig
-from dgemma.errors import BackendError
-from dgemma.info import FORMATS as FORMATS_IN_MEMORY
-from dgemma.info import amount, table, weight_bytes
+from dgemma.info import amount, table
 from dgemma.model import Context, Model
 from dgemma.quantized import Quantized
-from dgemma.spec import text_parameters
 from dgemma.weights import LayerWeights
 
+from . import peer
 from .graphs import record_cuda
 from .ops import CudaOps
-from .synthetic import FORMATS, random_weights
+from .synthetic import FORMATS, check_room, random_weights
 
 Progress = Callable[[str], None]
 TOKENS_A_FORWARD = (12, 16, 20)
@@ -155,11 +154,10 @@ class Bench:
             shape = (B, config.heads, L, layer.head_dim)
             q = torch.randn(shape, device=ops.device, dtype=ops.dtype) * layer.head_dim**-0.5
             own = torch.zeros(B, layer.kv_heads, L, layer.head_dim, device=ops.device, dtype=ops.dtype)
-            keys, values = torch.cat([k, own], 2), torch.cat([v, own], 2)
-            calls.append((q, keys, values))
-            size += keys.nbytes + values.nbytes + 2 * q.nbytes
-            flops += 4 * B * config.heads * L * keys.shape[2] * layer.head_dim
-        ms = clock(ops, lambda: [ops.attention(*call, None, False, None) for call in calls], repeats)
+            calls.append((q, (own, own), (k, v)))
+            size += k.nbytes + v.nbytes + 2 * own.nbytes + 2 * q.nbytes
+            flops += 4 * B * config.heads * L * (k.shape[2] + L) * layer.head_dim
+        ms = clock(ops, lambda: [ops.attend(*call, None, False, None) for call in calls], repeats)
         return Part("attention", ms, size, flops)
 
     def _projections(self, w: LayerWeights) -> list[Any]:
@@ -201,18 +199,6 @@ class Bench:
         return times[3:]
 
 
-def check_room(ops: CudaOps, config: Config, form: str) -> None:
-    """BackendError with the numbers if weights and a tenth for all else are more than the device has free."""
-    stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
-    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == str(ops.dtype).rpartition(".")[2])
-    needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
-    if free is not None and needed > free:
-        raise BackendError(
-            f"{form} weights of this geometry need {amount(needed)}, and {amount(free)} are free on "
-            f"{ops.device}"
-        )
-
-
 def prepare(
     ops: CudaOps, config: Config, form: str, context: int, rows: int, skew: float, seed: int = 0
 ) -> Bench:
@@ -236,18 +222,36 @@ def run(
     skew: float = 0.0,
     steps: int = 20,
     say: Progress = lambda _: None,
+    against: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole report, ready for JSON. `say` is told what is under way."""
+    """The whole report, ready for JSON. `say` is told what is under way.
+
+    `against` is the folder of a config.json on which transformers is timed, too, after our model is gone.
+    """
+    if against is not None:
+        peer.library()  # that it is missing is said before minutes of work
     with torch.inference_mode():
-        check_room(ops, config, form)
-        say("making random weights")
-        bench = prepare(ops, config, form, context, rows, skew)
-        say("measuring the device")
-        limits = ceilings(ops)
-        say("timing the parts")
-        parts = list(bench.parts(max(3, steps // 2)))
-        say("timing the step")
-        times = bench.steps(steps)
+        report = _measure(ops, config, form, context, rows, skew, steps, say)
+    if against is not None:
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, context))
+        ours = report["step_ms"]["median"]
+        report["against"] = peer.compare(ops, against, config, tokens, steps, ours, say)
+    return report
+
+
+def _measure(
+    ops: CudaOps, config: Config, form: str, context: int, rows: int, skew: float, steps: int, say: Progress
+) -> dict[str, Any]:
+    """The report on our model, which does not outlive this call."""
+    check_room(ops, config, form)
+    say("making random weights")
+    bench = prepare(ops, config, form, context, rows, skew)
+    say("measuring the device")
+    limits = ceilings(ops)
+    say("timing the parts")
+    parts = list(bench.parts(max(3, steps // 2)))
+    say("timing the step")
+    times = bench.steps(steps)
     ms = statistics.median(times)
     floor = sum(part.floor(limits) for part in parts)
     rest = ms - sum(part.ms for part in parts)
@@ -306,4 +310,5 @@ def text(report: Mapping[str, Any]) -> str:
         f"tokens/s by tokens a forward: {rates}",
         f"memory: weights {amount(report['weight_bytes'])}, peak {amount(report['peak_memory'])}",
     ]
-    return "\n".join([head, "", *table(rows), "", *tail])
+    beside = ["", peer.text(report["against"], report["format"])] if "against" in report else []
+    return "\n".join([head, "", *table(rows), "", *tail, *beside])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +21,13 @@ from dgemma.cache import Cache
 from dgemma.config import Config
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Guess, Ops, Stored
-from dgemma.quantized import NVFP4, Quantized
+from dgemma.quantized import Quantized
 
 from .cache import BucketCache
-from .graphs import Graphed
-from .kernels import attention, moe, vocabulary
+from .graphs import Graphed, Places, Replay, record_cuda
+from .kernels import attention, linear, moe, vocabulary
 from .kernels.launch import supported
-from .kernels.layout import Tiled, untile
+from .kernels.layout import Tiled, fits, untile
 from .staging import Staging
 
 
@@ -36,6 +38,7 @@ class CudaOps(Ops):
 
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device, self.dtype = torch.device(device), dtype
+        self._places = Places()
         self.reads_host = False  # whether some expert product had to: such steps cannot be recorded
 
     def asarray(self, x: np.ndarray) -> Array:
@@ -131,6 +134,9 @@ class CudaOps(Ops):
         return torch.cumsum(x, axis)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        if isinstance(weight, Tiled):
+            y = linear.linear(x, weight)
+            return y if bias is None else y + bias
         return F.linear(x, self.dense(weight), bias)
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
@@ -167,10 +173,26 @@ class CudaOps(Ops):
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """Steps are recorded as CUDA graphs, unless the prefill showed that they read the host."""
-        if not repeats or self.device.type != "cuda":
+        if self.device.type != "cuda":
             return fn
-        graphed = Graphed(fn)
+        if not repeats:
+            return self._announced(fn)
+        graphed = Graphed(fn, self._record, places=self._places)
         return lambda *args: fn(*args) if self.reads_host else graphed(*args)
+
+    def _announced(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, of which the first call says that it compiles kernels."""
+        todo = ["compiling kernels for this GPU; they are kept for the next run"]
+
+        def run(*args: Any) -> Any:
+            with self.waiting(todo.pop()) if todo else nullcontext():
+                return fn(*args)
+
+        return run
+
+    def _record(self, run: Callable[[], Any]) -> tuple[Replay, Any]:
+        with self.waiting("recording a denoising step; once for each size of batch and context"):
+            return record_cuda(run)
 
     @cached_property
     def kernels(self) -> bool:
@@ -182,9 +204,9 @@ class CudaOps(Ops):
         return reason is None
 
     def arrange(self, record: Quantized, name: str) -> Quantized | Tiled:
-        if record.form != NVFP4 or not self.kernels:
+        if not self.kernels or not fits(record):
             return record
-        return moe.tile_stack(record, name)
+        return linear.tile_matrix(record) if len(record.shape) == 2 else moe.tile_stack(record, name)
 
     # ---- composites with something better than the definition -----------------------------------
 
@@ -219,12 +241,35 @@ class CudaOps(Ops):
             q, k, v, attn_mask=mask, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
         )
 
+    def attend(
+        self,
+        q: Array,
+        own: tuple[Array, Array],
+        past: tuple[Array, Array] | None,
+        pad: Array | None,
+        causal: bool,
+        window: int | None,
+    ) -> Array:
+        if self.kernels:
+            return attention.attend(q, own, past, pad, causal, window)
+        return super().attend(q, own, past, pad, causal, window)
+
     def vocabulary(
-        self, h: Array, table: Array, softcap: float, temperature: float, uniforms: Array
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array | float,
+        uniforms: Array,
+        soft_bound: float = 0.0,
     ) -> Guess:
-        if self.kernels and isinstance(table, torch.Tensor):
+        if not self.kernels or not isinstance(table, torch.Tensor):
+            return super().vocabulary(h, table, softcap, temperature, uniforms, soft_bound)
+        if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
-        return super().vocabulary(h, table, softcap, temperature, uniforms)
+        sparse = vocabulary.Sparse(missing=soft_bound)
+        guess, missing = vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse)
+        return replace(guess, missing=missing)
 
     def peak_memory(self) -> int:
         return (

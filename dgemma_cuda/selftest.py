@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from dgemma.config import Config
-from dgemma.quantized import NVFP4
+from dgemma.quantized import FP8, NVFP4, Form
 from dgemma.spec import Param
 
 from .bench import ceilings, clock
-from .kernels import attention, moe, vocabulary
+from .kernels import attention, linear, moe, vocabulary
 from .kernels.launch import supported
 from .ops import CudaOps
 from .synthetic import random_record
@@ -54,7 +54,9 @@ def checks(ops: CudaOps, config: Config, context: int) -> Iterator[Check]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=ops.device, dtype=ops.dtype)
 
-    yield _experts(ops, config, normal, generator)
+    for form in (NVFP4, FP8):
+        yield _experts(ops, config, form, normal, generator)
+        yield _linear(ops, config, form, normal, generator)
     for kind in ("sliding_attention", "full_attention"):
         yield _attention(ops, config, kind, context, normal)
     yield from _vocabulary(ops, config, normal)
@@ -72,12 +74,12 @@ def _timed(
 Normal = Callable[..., torch.Tensor]
 
 
-def _experts(ops: CudaOps, config: Config, normal: Normal, generator: torch.Generator) -> Check:
+def _experts(ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator) -> Check:
     """One layer's experts for one canvas."""
     D, M, E = config.hidden_size, config.expert_size, config.num_experts
     shapes = {"gate_up": (E, 2 * M, D), "down": (E, D, M)}
     stacks = [
-        moe.tile_stack(random_record(ops, Param(name, shape, "experts"), NVFP4, generator), name)
+        moe.tile_stack(random_record(ops, Param(name, shape, "experts"), form, generator), name)
         for name, shape in shapes.items()
     ]
     x = normal(config.canvas_length, D)
@@ -85,7 +87,30 @@ def _experts(ops: CudaOps, config: Config, normal: Normal, generator: torch.Gene
     weights, ids = ops.top_k(torch.softmax(scores, -1), config.top_k)
     args = (x, weights.float(), ids, *stacks)
     nbytes = sum(stack.nbytes for stack in stacks)
-    return _timed(ops, "experts", 2**-5, nbytes, lambda: moe.experts(*args), lambda: moe.experts_plain(*args))
+    return _timed(
+        ops,
+        f"experts, {form}",
+        2**-5,
+        nbytes,
+        lambda: moe.experts(*args),
+        lambda: moe.experts_plain(*args),
+    )
+
+
+def _linear(ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator) -> Check:
+    """The widest projection of a sliding layer, of one canvas."""
+    shape = (config.heads * config.layers[0].head_dim, config.hidden_size)
+    w = linear.tile_matrix(random_record(ops, Param("q", shape, "attention"), form, generator))
+    x = normal(config.canvas_length, shape[1])
+    nbytes = w.nbytes + x.nbytes + x.element_size() * len(x) * shape[0]
+    return _timed(
+        ops,
+        f"linear, {form}",
+        2**-6,
+        nbytes,
+        lambda: linear.linear(x, w),
+        lambda: linear.linear_plain(x, w),
+    )
 
 
 def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: Normal) -> Check:

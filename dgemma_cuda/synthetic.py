@@ -13,6 +13,9 @@ import torch
 
 from dgemma.checkpoint import constants
 from dgemma.config import Config
+from dgemma.errors import BackendError
+from dgemma.info import FORMATS as FORMATS_IN_MEMORY
+from dgemma.info import amount, weight_bytes
 from dgemma.ops import Array
 from dgemma.quantized import FP8, NVFP4, Form, Quantized
 from dgemma.spec import Param, text_parameters
@@ -30,6 +33,18 @@ FORMATS: dict[str, Mapping[str, Form]] = {
 _E2M1_RMS = 2.93
 
 
+def check_room(ops: CudaOps, config: Config, form: str) -> None:
+    """BackendError with the numbers if weights and a tenth for all else are more than the device has free."""
+    stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
+    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == str(ops.dtype).rpartition(".")[2])
+    needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
+    if free is not None and needed > free:
+        raise BackendError(
+            f"{form} weights of this geometry need {amount(needed)}, and {amount(free)} are free on "
+            f"{ops.device}"
+        )
+
+
 def random_weights(
     ops: CudaOps, config: Config, forms: Mapping[str, Form], skew: float, seed: int
 ) -> Weights:
@@ -43,8 +58,7 @@ def random_weights(
     def leaf(param: Param) -> Array:
         form = forms.get(param.group) if param.path[-1] not in ("q_norm", "k_norm") else None
         if form is not None and len(param.shape) > 1:
-            record = random_record(ops, param, form, generator)
-            return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
+            return ops.arrange(random_record(ops, param, form, generator), str(param.path[-1]))
         return _array(ops, param, skew, generator)
 
     return build(config, text_parameters(config), leaf, constants(config, ops))

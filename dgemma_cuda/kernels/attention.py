@@ -1,10 +1,11 @@
-"""Attention for this model's heads of 256 and 512: replaces `Ops.attention`, without masks or repeated keys.
+"""Attention for this model's heads of 256 and 512: replaces `Ops.attend`, without masks or repeated keys.
 
 PyTorch's flash kernels stop at 256 and take no mask, and the others read one of L × S. Here the heads of a
 KV head are rows of one matrix, adjacent rows being one query's heads, so that a block of rows spans few
 queries; keys outside its window or in padding are not read at all. Where blocks are fewer than the GPU has
 processors, runs of keys go to different programs and are merged by their log-sum-exps. Softmax and sums
-are float32, and no result depends on the order in which programs run. The price: no gradients.
+are float32, and no result depends on the order in which programs run. Cached keys and values are read where
+they are: to join them with a canvas's own would move 0.5 GB a step at 1k. The price: no gradients.
 
     B rows  L queries  S key slots  C head size  H heads  G KV heads  Z splits of S
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 Tensor = torch.Tensor
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 LEAST = 128  # keys that are worth a split
 MOST = 8  # splits
@@ -92,17 +94,35 @@ def attention(
     window: int | None,
     splits: int | None = None,
 ) -> Tensor:
-    """`Ops.attention` of q [B, H, L, C] and k, v [B, G, S, C], all of one 16-bit type -> [B, H, L, C].
+    """`Ops.attention` of q [B, H, L, C] and k, v [B, G, S, C] -> [B, H, L, C]; see `attend`."""
+    P = k.shape[2] - q.shape[2]
+    own, past = (k[:, :, P:], v[:, :, P:]), (k[:, :, :P], v[:, :, :P])
+    return attend(q, own, past, pad, causal, window, splits)
 
-    C is a power of two from 16 on; strides are free where C's is 1. The result lies as [B, L, H, C] does,
-    which is how the output projection reads it. NaN in slots before `pad` reaches no row behind it. `splits`
-    is chosen from shapes where it is None, so that a captured step stays as it is.
+
+def attend(
+    q: Tensor,
+    own: Pair,
+    past: Pair | None,
+    pad: Tensor | None,
+    causal: bool,
+    window: int | None,
+    splits: int | None = None,
+) -> Tensor:
+    """`Ops.attend` of q [B, H, L, C] over [B, G, ·, C] of `past`, then of `own`, all of one 16-bit type.
+
+    C is a power of two from 16 on. Strides are free where C's is 1 and values have their keys'; else there is
+    a copy. The result lies as [B, L, H, C] does, which is how the output projection reads it. NaN in slots
+    before `pad` reaches no row behind it. `splits` is chosen from shapes where it is None, so that a captured
+    step stays as it is.
     """
     load()
     B, H, L, C = q.shape
-    G, S = k.shape[1], k.shape[2]
-    assert H % G == 0 and L <= S and power_of_two(C) == C and C >= 16, (q.shape, k.shape)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q = q if q.stride(3) == 1 else q.contiguous()
+    (k, v), (past_k, past_v) = _alike(own), _alike(past or own)
+    G, P = k.shape[1], past_k.shape[2] if past else 0
+    S = P + L
+    assert H % G == 0 and k.shape[2] == L and power_of_two(C) == C and C >= 16, (q.shape, k.shape)
     tile = tile_for(C, q.device)
     window = S if window is None else window
     blocks = -(-L * (H // G) // tile.rows)
@@ -111,10 +131,11 @@ def attention(
     # Of each split: its normalised result, and log2 of the sum that normalised it.
     parts = q.new_empty((Z, B, H, L, C), dtype=torch.float32) if Z > 1 else y[None]
     sums = q.new_empty((Z, B, H, L) if Z > 1 else 1, dtype=torch.float32)
+    strides = [size for x in (q, k, past_k) for size in x.stride()[:3]]
     with torch.cuda.device_of(q):
         _attend[(blocks, B * G, Z)](
-            q, k, v, parts, sums, sums if pad is None else pad, G, L, S, window,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *parts.stride()[:4],
+            q, k, v, past_k, past_v, parts, sums, sums if pad is None else pad, G, L, P, window,
+            *strides, *parts.stride()[:4],
             REP=H // G, C=C, BM=tile.rows, BN=tile.keys, CAUSAL=causal, WINDOWED=causal and window < S,
             PADDED=pad is not None, SPLIT=Z > 1, INTERPRET=interpreted(),
             num_warps=tile.warps, num_stages=tile.stages,
@@ -124,6 +145,14 @@ def attention(
                 parts, sums, y, Z, *y.stride()[:3], C=C, SPLITS=power_of_two(Z), num_warps=MERGE_WARPS
             )
     return y
+
+
+def _alike(pair: Pair) -> Pair:
+    """Keys and values that lie alike, C's stride 1: one offset is then for both."""
+    k, v = pair
+    steps = zip(k.shape, k.stride(), v.stride(), strict=True)
+    alike = all(size == 1 or step == other for size, step, other in steps)
+    return pair if alike and k.stride(3) == 1 else (k.contiguous(), v.contiguous())
 
 
 def _splits(blocks: int, S: int, tile: Tile, device: torch.device) -> int:
@@ -136,20 +165,23 @@ def _splits(blocks: int, S: int, tile: Tile, device: torch.device) -> int:
 
 @kernel
 def _attend(
-    q, k, v, out, sums, pad, G, L, S, window, q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, o_z, o_b, o_h, o_l,
+    q, k, v, past_k, past_v, out, sums, pad, G, L, P, window,
+    q_b, q_h, q_l, k_b, k_g, k_s, p_b, p_g, p_s, o_z, o_b, o_h, o_l,
     REP: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one KV head over one run of its keys; row r is head r % REP of query r // REP.
 
-    Only keys from `pad` on, and from the first row's window to the last row's query are read. Exponentials
-    are powers of two.
+    Slots below P are the past's, those from P on the own: one loop, in which a block of keys is all of one or
+    of the other. Only keys from `pad` on, and from the first row's window to the last row's query, are
+    read. Exponentials are powers of two.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a causal pass are the longest
     b, g, part = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)
     row, c = block * BM + tl.arange(0, BM), tl.arange(0, C)
     head, query = g * REP + row % REP, row // REP
-    some, slot = query < L, S - L + query
+    S = P + L
+    some, slot = query < L, P + query
     x = tl.load(q + b * q_b + (head * q_h + query * q_l)[:, None] + c[None, :], mask=some[:, None], other=0.0)
     low, high = 0, S
     if CAUSAL:
@@ -164,39 +196,49 @@ def _attend(
         low += part * span
         high = tl.minimum(high, low + span)
     k += b * k_b + g * k_g
-    v += b * v_b + g * v_g
+    v += b * k_b + g * k_g
+    past_k += b * p_b + g * p_g
+    past_v += b * p_b + g * p_g
     total = tl.zeros((BM, C), tl.float32)
     top = tl.full((BM,), float("-inf"), tl.float32)
     mass = tl.zeros((BM,), tl.float32)
     if PADDED:
         # A padding query sees itself. Row by row, so that NaN in padding stays there.
         alone = some & (slot < start) & (part == 0)
-        own = tl.load(k + (slot * k_s)[:, None] + c[None, :], mask=alone[:, None], other=0.0)
+        mine = (query * k_s)[:, None] + c[None, :]
+        own = tl.load(k + mine, mask=alone[:, None], other=0.0)
         score = tl.sum(x.to(tl.float32) * own.to(tl.float32), 1) * 1.4426950408889634
         top = tl.where(alone, score, top)
         mass = tl.where(alone, 1.0, mass)
-        total += tl.load(v + (slot * v_s)[:, None] + c[None, :], mask=alone[:, None], other=0.0)
+        total = tl.load(v + mine, mask=alone[:, None], other=0.0).to(tl.float32)
     if INTERPRET:
         x = x.to(tl.float32)
-    for a in range(low, high, BN):
-        key = a + tl.arange(0, BN)
-        there = (key < high)[:, None]
-        y = tl.load(k + (key * k_s)[:, None] + c[None, :], mask=there, other=0.0)
+    k -= P * k_s  # own slots are counted from P
+    v -= P * k_s
+    edge, start_own = tl.minimum(high, P), tl.maximum(low, P)
+    runs = tl.cdiv(tl.maximum(edge - low, 0), BN)  # of the past
+    for run in range(runs + tl.cdiv(tl.maximum(high - start_own, 0), BN)):
+        old = run < runs
+        end = tl.where(old, edge, high)
+        key = tl.where(old, low, start_own - runs * BN) + run * BN + tl.arange(0, BN)
+        there = (key < end)[:, None]
+        at = (key * tl.where(old, p_s, k_s))[:, None] + c[None, :]
+        y = tl.load(tl.where(old, past_k, k) + at, mask=there, other=0.0)
         if INTERPRET:
             y = y.to(tl.float32)
-        scores = tl.dot(x, tl.trans(y), input_precision="ieee") * 1.4426950408889634
-        seen = (key < high)[None, :]
+        scores = tl.dot(x, tl.trans(y), input_precision="ieee")
+        seen = (key < end)[None, :]
         if CAUSAL:
             seen = seen & (key[None, :] <= slot[:, None])
         if WINDOWED:
             seen = seen & (key[None, :] > slot[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
+        new = tl.maximum(top, tl.max(scores, 1) * 1.4426950408889634)
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores * 1.4426950408889634 - base[:, None])
         fade = tl.exp2(top - base)
         top, mass = new, mass * fade + tl.sum(p, 1)
-        z = tl.load(v + (key * v_s)[:, None] + c[None, :], mask=there, other=0.0)
+        z = tl.load(tl.where(old, past_v, v) + at, mask=there, other=0.0)
         p = p.to(z.dtype)
         if INTERPRET:
             p, z = p.to(tl.float32), z.to(tl.float32)
@@ -209,7 +251,7 @@ def _attend(
     tl.store(there, total.to(out.dtype.element_ty), mask=(query < L)[:, None])
     if SPLIT:
         here = (part * (tl.num_programs(1) // G) + b) * (G * REP * L) + head * L + query
-        tl.store(sums + here, top + tl.log2(mass), mask=query < L)
+        tl.store(sums + here, tl.log2(mass) + top, mask=query < L)
 
 
 @kernel

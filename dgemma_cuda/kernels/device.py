@@ -1,13 +1,15 @@
-"""Triton sources of the grouped expert matmul, launched by `plan` and `moe`. Importing them needs Triton.
+"""Triton sources of the products with tiled weights, for `plan`, `moe` and `linear`. Importing needs Triton.
 
-A weight's bits become bfloat16 by integer instructions alone: a rotation and a mask bring a pair of E2M1
-codes to where bfloat16 has sign, exponent and mantissa. That is the code's value times 2^-126, and ±0.5 is
-a subnormal, which the multiplier keeps. The scale comes as 2^107 times its value, so that their product is
-normal and exact, and the 2^-19 of every sum is taken back with the row's factor.
+A weight's bits become bfloat16 by integer instructions alone. In NVFP4 a rotation and a mask bring a pair of
+E2M1 codes to where bfloat16 has sign, exponent and mantissa. That is the code's value times 2^-126, and ±0.5
+is a subnormal, which the multiplier keeps. The scale comes as 2^107 times its value, so that their product is
+normal and exact, and the 2^-19 of every sum is taken back at its end. In FP8 a shift and two masks make the
+value times 2^-120, subnormals included, and a multiplication takes that back: no conversion of the GPU's own
+is needed, which sm_80 lacks.
 
 Triton's interpreter has no inline assembly, multiplies bfloat16 as if it were integers in `tl.dot`, and
 loses its subnormals. INTERPRET therefore says the same layout in float32 arithmetic, which is as exact; the
-assembly itself is emulated bit by bit in tests/kernels/test_layout.py.
+assembly itself is emulated bit by bit in tests/kernels/test_assembly.py.
 
     R weight rows of a tile  M rows of a block of picks  T tiles of a matrix  B blocks of 64 inputs
     K picks a token  E experts
@@ -44,11 +46,33 @@ def assembly(multiply: str) -> str:
     return "\n".join(["{", ".reg .b32 a, b, c, d, t, z;", "mov.b32 z, 0x80008000;", *lines, "}"])
 
 
+def assembly_fp8(multiply: str) -> str:
+    """PTX from a word ($4) to four bfloat16 ($0–$3), in the word's order: pair 0 is in the upper bytes."""
+    lines = [
+        "shr.b32 t, $4, 4;",
+        "and.b32 a, t, 0x07F007F0;",
+        "and.b32 t, $4, 0x80008000;",
+        "or.b32 a, a, t;",
+        "shl.b32 t, $4, 4;",
+        "and.b32 b, t, 0x07F007F0;",
+        "shl.b32 t, $4, 8;",
+        "and.b32 t, t, 0x80008000;",
+        "or.b32 b, b, t;",
+        "mov.b32 s, 0x7B807B80;",  # 2^120
+    ]
+    for i, pair in enumerate("ab"):
+        lines.append(multiply.format(pair, "s"))
+        lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, {pair};")
+    return "\n".join(["{", ".reg .b32 a, b, s, t, z;", "mov.b32 z, 0x80008000;", *lines, "}"])
+
+
 # A product alone needs sm_90. Below, -0 is added: the one addend that also keeps the sign of a zero.
-MUL = tl.constexpr(assembly("mul.rn.bf16x2 {0}, {0}, {1};"))
-FMA = tl.constexpr(assembly("fma.rn.bf16x2 {0}, {0}, {1}, z;"))
-UNIT = tl.constexpr(2.0**19)  # what the decoded weights of a sum lack
+MULTIPLY, ADD = "mul.rn.bf16x2 {0}, {0}, {1};", "fma.rn.bf16x2 {0}, {0}, {1}, z;"
+MUL, FMA = tl.constexpr(assembly(MULTIPLY)), tl.constexpr(assembly(ADD))
+MUL_FP8, FMA_FP8 = tl.constexpr(assembly_fp8(MULTIPLY)), tl.constexpr(assembly_fp8(ADD))
+UNIT = tl.constexpr(2.0**19)  # what the decoded weights of a sum lack, in NVFP4
 OPERANDS = tl.constexpr(",".join(["=h"] * 8 + ["r"] * 5))
+OPERANDS_FP8 = tl.constexpr("=h,=h,=h,=h,r")
 
 
 @triton.jit
@@ -134,16 +158,44 @@ def weights(word, octets, R: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.const
 
 
 @triton.jit
+def code_fp8(word, BYTE: tl.constexpr):
+    """The code in a byte of the word, as float32."""
+    octet = (word >> (8 * BYTE)) & 0xFF
+    mantissa, power = (octet & 7).to(tl.float32) / 8, (octet >> 3) & 15
+    value = tl.where(power == 0, 2 * mantissa, 1 + mantissa) * tl.exp2(power.to(tl.float32) - 7)
+    return tl.where(octet > 127, -value, value)
+
+
+@triton.jit
+def weights_fp8(word, R: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr):
+    """The tile [R, 64] of words [R, 16], bfloat16 (interpreted: float32)."""
+    if INTERPRET:
+        a0, a1, b0, b1 = code_fp8(word, 1), code_fp8(word, 3), code_fp8(word, 0), code_fp8(word, 2)
+    else:
+        a0, a1, b0, b1 = tl.inline_asm_elementwise(
+            MUL_FP8 if SM >= 90 else FMA_FP8,
+            OPERANDS_FP8,
+            [word],
+            dtype=(tl.bfloat16,) * 4,
+            is_pure=True,
+            pack=1,
+        )
+    # [R, word, pair, half], then input 32 · pair + 2 · word + half.
+    return tl.reshape(tl.permute(tl.join(tl.join(a0, b0), tl.join(a1, b1)), (0, 2, 1, 3)), (R, 64))
+
+
+@triton.jit
 def product(
     at_x, filled, words, scales, tile, inputs, B,
-    M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr,
-    SM: tl.constexpr, INTERPRET: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr,
+    UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Rows at the pointers at_x [M, 1], zeros where not `filled`, times a tile of weights: [M, R] float32.
 
     `inputs` matters unless WHOLE: the last block then has fewer than 64 of them.
     """
-    at_word = words + tile * B * (R * 8) + tl.arange(0, R)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    W: tl.constexpr = 16 if FP8 else 8
+    at_word = words + tile * B * (R * W) + tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
     at_scale = scales + tile * B * R + tl.arange(0, R)
     at_x += tl.arange(0, 64)[None, :]
     total = tl.zeros((R, M) if SWAP else (M, R), tl.float32)
@@ -154,24 +206,27 @@ def product(
         x = tl.load(at_x, mask=mask, other=0.0)
         if INTERPRET:
             x = x.to(tl.float32)
-        w = weights(tl.load(at_word), tl.load(at_scale), R, SM, INTERPRET)
+        if FP8:
+            w = weights_fp8(tl.load(at_word), R, SM, INTERPRET)
+        else:
+            w = weights(tl.load(at_word), tl.load(at_scale), R, SM, INTERPRET)
         if SWAP:
             total = tl.dot(w, tl.trans(x), total)
         else:
             total = tl.dot(x, tl.trans(w), total)
         at_x += 64
-        at_word += R * 8
+        at_word += R * W
         at_scale += R
     if SWAP:
         total = tl.trans(total)
-    return total
+    return total if FP8 or INTERPRET else total * UNIT
 
 
 @triton.jit
 def gate_up(
     x, words, scales, factor, slots, owners, h, picks, inputs, stride_x, B, T,
-    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr,
-    SWAP: tl.constexpr, UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr,
+    WHOLE: tl.constexpr, SWAP: tl.constexpr, UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """h[block · M + r, tile · R + c] = gelu(gate) · up for the token of slot r; rows without a slot are 0.
 
@@ -186,10 +241,10 @@ def gate_up(
     at_x = x + (slot // K).to(tl.int64)[:, None] * stride_x
     total = product(
         at_x, slot < picks, words, scales, expert * T + tile, inputs, B,
-        M, 2 * R, WHOLE, SWAP, UNROLL, SM, INTERPRET,
+        M, 2 * R, FP8, WHOLE, SWAP, UNROLL, SM, INTERPRET,
     )  # fmt: skip
     at_factor = factor + (expert * T + tile) * (2 * R) + tl.arange(0, 2 * R)
-    total *= tl.load(at_factor)[None, :] * (1.0 if INTERPRET else UNIT)
+    total *= tl.load(at_factor)[None, :]
     gate, up = tl.split(tl.permute(tl.reshape(total, (M, 2, R)), (0, 2, 1)))
     # GELU's tanh form, as x · sigmoid(2z): 1 + tanh(z) is 2 · sigmoid(2z).
     z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
@@ -201,7 +256,7 @@ def gate_up(
 @triton.jit
 def down(
     h, words, scales, factor, slots, owners, shares, y, picks, inputs, stride_h, outputs, B, T,
-    E: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WHOLE: tl.constexpr,
+    E: tl.constexpr, M: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, WHOLE: tl.constexpr,
     SWAP: tl.constexpr, UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y[slot] = shares[slot] · (a row of `gate_up` through the expert's down projection)."""
@@ -214,14 +269,34 @@ def down(
     at_h = h + (block * M + tl.arange(0, M)).to(tl.int64)[:, None] * stride_h
     total = product(
         at_h, filled, words, scales, expert * T + tile, inputs, B,
-        M, R, WHOLE, SWAP, UNROLL, SM, INTERPRET,
+        M, R, FP8, WHOLE, SWAP, UNROLL, SM, INTERPRET,
     )  # fmt: skip
     at_factor = factor + (expert * T + tile) * R + tl.arange(0, R)
-    total *= tl.load(at_factor)[None, :] * (1.0 if INTERPRET else UNIT)
+    total *= tl.load(at_factor)[None, :]
     total *= tl.load(shares + slot, mask=filled, other=0.0)[:, None]
     column = tile * R + tl.arange(0, R)
     at_y = y + slot.to(tl.int64)[:, None] * outputs + column[None, :]
     tl.store(at_y, total.to(y.dtype.element_ty), mask=filled[:, None] & (column < outputs)[None, :])
+
+
+@triton.jit
+def linear(
+    x, words, scales, factor, y, rows, inputs, outputs, stride_x, blocks, B,
+    M: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, WHOLE: tl.constexpr, SWAP: tl.constexpr,
+    UNROLL: tl.constexpr, SM: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """y[n] = x[n] through one matrix. Blocks of a tile are adjacent programs: its weights come once."""
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = (block * M + tl.arange(0, M)).to(tl.int64)
+    some = row < rows
+    total = product(
+        x + row[:, None] * stride_x, some, words, scales, tile.to(tl.int64), inputs, B,
+        M, R, FP8, WHOLE, SWAP, UNROLL, SM, INTERPRET,
+    )  # fmt: skip
+    column = tile * R + tl.arange(0, R)
+    total *= tl.load(factor + column)[None, :]
+    at_y = y + row[:, None] * outputs + column[None, :]
+    tl.store(at_y, total.to(y.dtype.element_ty), mask=some[:, None] & (column < outputs)[None, :])
 
 
 @triton.jit

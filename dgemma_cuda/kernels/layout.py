@@ -1,28 +1,29 @@
-"""NVFP4 stacks re-tiled for the grouped matmul: as many bytes as the checkpoint's, in the order of their use.
+"""NVFP4 and FP8 weights re-tiled for our products: as many bytes as the checkpoint's, in order of use.
 
 A kernel that unpacks nibbles as they are stored spends 12 instructions a weight and is bound by issue, not
 by memory. So the bits are reordered once, at load: the bytes of one tile are adjacent, and the two weights
-that share a register of a matrix fragment come out of a word together, as bfloat16, by a rotation and a
-mask. The price is that a loaded stack no longer is what its file holds, and belongs to one tile height.
+that share a register of a matrix fragment come out of a word together, as bfloat16, by a shift or a rotation
+and a mask. The price is that a loaded stack no longer is what its file holds, and belongs to one tile height.
 
-A word holds 4 pairs of adjacent inputs: pair i of word w is the inputs 16i + 2w and 16i + 2w + 1 of a block
-of 64, hence of scale group i, and the byte 8i + w of the block as ModelOpt and MLX store it.
+A word of NVFP4 holds 4 pairs of adjacent inputs: pair i of word w is the inputs 16i + 2w and 16i + 2w + 1 of
+a block of 64, hence of scale group i, and the byte 8i + w of the block as ModelOpt and MLX store it. A word
+of FP8 holds 2 pairs: pair i of word w is the inputs 32i + 2w and 32i + 2w + 1.
 
     E experts  O outputs  I inputs  P parts (2: gate and up, adjacent in a tile)  T tiles of R rows a part
-    B blocks of 64 inputs
+    B blocks of 64 inputs  W words a row of a block: 8 in NVFP4, 16 in FP8
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dgemma import nvfp4
-from dgemma.quantized import Quantized
+from dgemma.quantized import FP8, NVFP4, Form, Quantized
 
 BLOCK = 64  # inputs a word of scales is for: the largest power of two that divides 704 and 2,816
 CHUNK = 1 << 22  # words made at a time: what bounds the temporaries
@@ -31,16 +32,20 @@ CHUNK = 1 << 22  # words made at a time: what bounds the temporaries
 # second code of a pair is 16 bits above. Pairs 0, 1 and 2 are bits 6–8 and 15 of the word rotated to the left
 # by 3·i; pair 3 has the bits left over, which three shifts bring to the same places.
 PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
+# Bytes of a word of FP8, from the lowest, as 2 · pair + half: the first pair is where bfloat16 has its upper
+# bytes.
+OCTETS = (2, 0, 3, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Tiled:
-    """A stack [E, O, I] of NVFP4 weights, O of `parts` equal runs of rows; see the module for the order."""
+    """A stack [E, O, I], with O of `parts` equal runs of rows, or a matrix [O, I]; its order is above."""
 
-    words: torch.Tensor  # int32 [E, T, B, P, R, 8]
-    scales: torch.Tensor  # int32 [E, T, B, P, R]: four UE5M3 bytes, of group i at bit 8i
+    form: Form  # NVFP4 or FP8
+    words: torch.Tensor  # int32 [E, T, B, P, R, W]
+    scales: torch.Tensor | None  # int32 [E, T, B, P, R]: four UE5M3 bytes, of group i at bit 8i; NVFP4 only
     factor: torch.Tensor  # float32 [E, T, P, R]: what a row's sum is multiplied by
-    shape: tuple[int, int, int]  # (E, O, I), without the padding
+    shape: tuple[int, ...]  # (E, O, I) or (O, I), without the padding
 
     @property
     def parts(self) -> int:
@@ -53,27 +58,48 @@ class Tiled:
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes + self.factor.nbytes
+        return sum(x.nbytes for x in (self.words, self.scales, self.factor) if x is not None)
+
+
+def fits(record: Quantized) -> bool:
+    """Whether there are tiles for a record. Its form decides, and NaN: that code of FP8 would become 480."""
+    if record.form == FP8:
+        return not bool((record.codes & 127 == 127).any())
+    return record.form == NVFP4
 
 
 def tile(record: Quantized, rows: int, parts: int = 1) -> Tiled:
-    """The tiles of an NVFP4 record [E, O, I] on its device, `rows` rows high; gate_up has two `parts`.
+    """The tiles of a record [E, O, I] or [O, I] on its device, `rows` rows high; gate_up has two `parts`.
 
     Rows and inputs that fill up the last tile and block are zeros. A factor that divides becomes its
     reciprocal, rounded once; everything else is kept exactly. Temporaries are a few experts' worth.
     """
-    assert record.form.mode == "nvfp4" and record.codes.ndim == 3 and record.scales is not None
+    shape, fp8 = record.shape, record.form == FP8
+    if len(shape) == 2:
+        record = record.map(lambda x: x[None])
     E, O, I = record.shape
-    assert O % parts == 0, (record.shape, parts)
+    assert record.form in (NVFP4, FP8) and O % parts == 0, (record.form, shape, parts)
     T, B = -(-O // parts // rows), -(-I // BLOCK)
-    device = record.codes.device
-    words = torch.empty((E, T, B, parts, rows, 8), dtype=torch.int32, device=device)
-    scales = torch.empty((E, T, B, parts, rows), dtype=torch.int32, device=device)
+    make = partial(torch.empty, dtype=torch.int32, device=record.codes.device)
+    words = make((E, T, B, parts, rows, 16 if fp8 else 8))
+    scales = None if fp8 else make((E, T, B, parts, rows))
     step = max(1, CHUNK * E // words.numel())
     for a in range(0, E, step):
         some = slice(a, a + step)
-        _fill(words[some], scales[some], record.codes[some], record.scales[some])
-    return Tiled(words, scales, _factor(record, T, parts, rows), (E, O, I))
+        if scales is None or record.scales is None:
+            _fill_fp8(words[some], record.codes[some])
+        else:
+            _fill(words[some], scales[some], record.codes[some], record.scales[some])
+    return Tiled(record.form, words, scales, _factor(record, T, parts, rows), shape)
+
+
+def _fill_fp8(words: torch.Tensor, codes: torch.Tensor) -> None:
+    """Codes [e, O, I] as words, in place."""
+    T, B, P, R = words.shape[1:5]
+    octets = _blocks(codes, B, BLOCK, P, T * R).unflatten(-1, (2, 16, 2))  # [e, P, T·R, B, pair, word, half]
+    octets = octets.transpose(-3, -2).flatten(-2)[..., list(OCTETS)]  # [e, P, T·R, B, word, byte]
+    new = octets.contiguous().view(torch.int32)[..., 0]
+    words.copy_(new.unflatten(2, (T, R)).permute(0, 2, 4, 1, 3, 5))
 
 
 def _fill(words: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor) -> None:
@@ -112,23 +138,36 @@ def _factor(record: Quantized, T: int, parts: int, rows: int) -> torch.Tensor:
 
 
 def untile(tiled: Tiled) -> torch.Tensor:
-    """The values [E, O, I] in float32, as `Ops.dequantize` has them: the definition of the tiles."""
-    E, O, I = tiled.shape
+    """The values in float32, as `Ops.dequantize` has them: the definition of the tiles."""
+    O, I = tiled.shape[-2:]
+    values = _values_fp8(tiled) if tiled.scales is None else _values(tiled, tiled.scales)
+    # [E, T, B, P, R, 64] -> [E, P, T, R, B, 64] -> [E, P, rows, inputs]
+    values = values.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    values = values[:, :, : O // tiled.parts, :I]
+    factor = tiled.factor.transpose(1, 2).flatten(2)[:, :, : values.shape[2]]
+    return (values * factor[..., None]).reshape(tiled.shape)
+
+
+def _values(tiled: Tiled, scales: torch.Tensor) -> torch.Tensor:
+    """Codes of NVFP4 times their scales, [E, T, B, P, R, 64]."""
     codes = torch.zeros((*tiled.words.shape, 4, 2), dtype=torch.int32, device=tiled.words.device)
     for i, places in enumerate(PLACES):
         for j in (0, 1):
             for bit, place in enumerate(places):
                 codes[..., i, j] |= (tiled.words >> (place + 16 * j) & 1) << bit
     values = torch.from_numpy(nvfp4.E2M1).to(codes.device)[codes]  # [E, T, B, P, R, 8, 4, 2]
-    octets = tiled.scales.unsqueeze(-1).view(torch.uint8).int()  # [E, T, B, P, R, 4]
-    scales = (1 + (octets & 7) / 8) * torch.exp2((octets >> 3) - 10.0)
-    scales = scales.where(octets != 255, torch.nan)
-    values = values * scales[..., None, :, None]
-    # [E, P, T, R, B, 4, 8, 2]: inputs in order.
-    values = values.permute(0, 3, 1, 4, 2, 6, 5, 7).reshape(E, tiled.parts, -1, values.shape[2] * BLOCK)
-    values = values[:, :, : O // tiled.parts, :I]
-    factor = tiled.factor.transpose(1, 2).flatten(2)[:, :, : values.shape[2]]
-    return (values * factor[..., None]).reshape(E, O, I)
+    octets = scales.unsqueeze(-1).view(torch.uint8).int()  # [E, T, B, P, R, 4]
+    factors = (1 + (octets & 7) / 8) * torch.exp2((octets >> 3) - 10.0)
+    factors = factors.where(octets != 255, torch.nan)
+    return (values * factors[..., None, :, None]).transpose(-3, -2).flatten(-3)
+
+
+def _values_fp8(tiled: Tiled) -> torch.Tensor:
+    """Codes of FP8 as numbers, [E, T, B, P, R, 64]."""
+    octets = tiled.words.unsqueeze(-1).view(torch.uint8)  # [E, T, B, P, R, 16, byte]
+    octets = octets[..., [OCTETS.index(i) for i in range(4)]].unflatten(-1, (2, 2)).int()
+    table = torch.from_numpy(nvfp4.E4M3).to(octets.device, torch.float32)
+    return table[octets].transpose(-3, -2).flatten(-3)
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Experts in NVFP4 with bfloat16 activations: the kernels that replace the composite `Ops.experts`.
+"""Experts in NVFP4 or FP8, activations in bfloat16: the kernels that replace the composite `Ops.experts`.
 
 Four launches do a layer's experts: the plan, gate and up with GELU, down with the router's weight, and the
 sum over picks. Weights are decoded in registers on their way to the tensor cores, so that a step reads each
-chosen expert once, in four bits. What lies between the launches is bfloat16, as between the composite's
+chosen expert once, as it is stored. What lies between the launches is bfloat16, as between the composite's
 products; sums are float32, and the last one has a fixed order, so that a result does not depend on
 scheduling, as it would with atomic additions. The price is that weights come in the order of `layout`.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dgemma.quantized import Quantized
+from dgemma.quantized import FP8, Quantized
 
 from .launch import power_of_two
 from .layout import Tiled, tile, untile
@@ -114,8 +114,8 @@ def gated(x: torch.Tensor, plan: Plan, K: int, w: Tiled, config: Config) -> torc
     h = x.new_empty((plan.blocks * plan.rows, T * w.rows))
     with torch.cuda.device_of(x):
         device.gate_up[(plan.blocks * T,)](
-            x, w.words, w.scales, w.factor, plan.slots, plan.experts, h, x.shape[0] * K, D, x.stride(0), B, T,
-            E=E, K=K, M=plan.rows, R=w.rows, WHOLE=D % 64 == 0, **_compiled(x.device, config),
+            x, *fields(w), plan.slots, plan.experts, h, x.shape[0] * K, D, x.stride(0), B, T,
+            E=E, K=K, M=plan.rows, WHOLE=D % 64 == 0, **compiled(w, x.device, config),
         )  # fmt: skip
     return h
 
@@ -130,9 +130,9 @@ def projected(h: torch.Tensor, plan: Plan, weights: torch.Tensor, w: Tiled, conf
     y = h.new_empty((weights.numel(), D))
     with torch.cuda.device_of(h):
         device.down[(plan.blocks * T,)](
-            h, w.words, w.scales, w.factor, plan.slots, plan.experts, weights.contiguous(), y,
+            h, *fields(w), plan.slots, plan.experts, weights.contiguous(), y,
             len(y), M, h.stride(0), D, B, T,
-            E=E, M=plan.rows, R=w.rows, WHOLE=M % 64 == 0, **_compiled(h.device, config),
+            E=E, M=plan.rows, WHOLE=M % 64 == 0, **compiled(w, h.device, config),
         )  # fmt: skip
     return y
 
@@ -148,10 +148,18 @@ def combined(y: torch.Tensor, K: int) -> torch.Tensor:
     return out
 
 
-def _compiled(place: torch.device, config: Config) -> dict[str, int | bool]:
+def fields(w: Tiled) -> tuple[torch.Tensor, ...]:
+    """Words, scales and factor; FP8 has no scales, and nothing reads what stands in for them."""
+    return w.words, w.words if w.scales is None else w.scales, w.factor
+
+
+def compiled(w: Tiled, place: torch.device, config: Config) -> dict[str, int | bool]:
+    """What a product with these tiles is compiled for."""
     from . import device
 
     return {
+        "R": w.rows,
+        "FP8": w.form == FP8,
         "SWAP": config.swap,
         "UNROLL": config.unroll,
         "SM": architecture(place),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from dgemma.ops import Guess
+from dgemma.ops import TRACE, Guess
 
 from .launch import interpreted, kernel, load, power_of_two, processors
 
@@ -94,7 +94,7 @@ def sparse_vocabulary_plain(
     dense = ~(missing <= sparse.missing)
     few = torch.where(kept, p, 0.0) @ table.float()
     soft = torch.where(dense[:, None], p.to(table.dtype) @ table, few.to(table.dtype))
-    return Guess(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing)
+    return Guess(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing.clamp_min(TRACE))
 
 
 def _plain(
@@ -153,8 +153,9 @@ def sparse_vocabulary(
     """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
 
     Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. Where
-    missing[n] is 0 the row was computed in full. The number of such rows is never read by the host:
-    programs of the product whose rows do not exist return at once, and with none the table is not read.
+    missing[n] is 0, and nowhere else, the row was computed in full. The number of such rows is never read by
+    the host: programs of the product whose rows do not exist return at once, and with none the table is not
+    read.
     """
     options = sparse or Sparse()
 
@@ -225,7 +226,7 @@ def _sparse_soft(said: _Said, table: Tensor, sparse: Sparse) -> tuple[Tensor, Te
     missing = new(N, dtype=torch.float32)
     _decide[(N,)](
         ids, shares, counts, dropped, few_ids, few_shares, few, dense, missing, splits, keep, sparse.missing,
-        SPLITS=power_of_two(splits), KEEP=power_of_two(keep), **OPTIONS["_decide"],
+        TRACE, SPLITS=power_of_two(splits), KEEP=power_of_two(keep), **OPTIONS["_decide"],
     )  # fmt: skip
     _probabilities_in_place(said, dense)
     ends = dense.cumsum(0)  # where a dense row stands among the dense, counted from 1
@@ -392,7 +393,7 @@ def _shortlist(
 
 @kernel
 def _decide(
-    ids, shares, counts, dropped, few_ids, few_shares, few, dense, missing, splits, keep, most,
+    ids, shares, counts, dropped, few_ids, few_shares, few, dense, missing, splits, keep, most, trace,
     SPLITS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The splits' lists of a row as one, cut to `keep`; whether the row is `dense` for all that they miss."""
@@ -412,7 +413,7 @@ def _decide(
     sparse = rest <= most  # NaN is not
     tl.store(few + row, tl.minimum(tl.sum(count), keep))
     tl.store(dense + row, tl.where(sparse, 0, 1))
-    tl.store(missing + row, tl.where(sparse, rest, 0.0))
+    tl.store(missing + row, tl.where(sparse, tl.maximum(rest, trace), 0.0))
 
 
 @kernel

@@ -493,7 +493,7 @@ class Checkpoint:
                 progress(done, total)
             return array
 
-        return build(self.config, table, leaf, constants(self.config, ops))
+        return build(self.config, table, leaf, constants(self.config, ops), ops.mlp_weights)
 
     def _leaf(self, ops: Ops, param: Param) -> Any:
         stored = self.read(param.name)
@@ -503,7 +503,8 @@ class Checkpoint:
             record = ops.place(stored)
             if wide:
                 return ops.dequantize(record)
-            return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
+            # Rows of the embedding are looked up, too, and stay as they are.
+            return record if param.group == "embed" else ops.arrange(record, str(param.path[-1]))
         return ops.load(stored, wide=wide)
 
     def _place(self, param: Param) -> tuple[str, int]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from .ops import Ops
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PATIENCE = 1.0  # seconds that work may take before anything is said about it
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -132,6 +135,7 @@ def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
 _AT_LEAST_1 = click.IntRange(min=1)
 _NOT_NEGATIVE = _Number(min=0)
 _POSITIVE = _Number(min=0, min_open=True)
+_SHARE = _Number(min=0, max=1, max_open=True)
 _JSON_FILE = click.File(encoding="utf-8")
 
 _prompt_options = _options(
@@ -191,6 +195,7 @@ _sampler_options = _options(
     _number("--t-min", _POSITIVE, "Temperature that its last steps approach."),
     _number("--confidence", _POSITIVE, "Mean entropy in nats below which a stable canvas is done."),
     _number("--stability", _AT_LEAST_1, "Steps for which a canvas must not have changed."),
+    _number("--soft-bound", _SHARE, "Probability that a soft embedding may leave out; 0 keeps all."),
 )
 
 _output_options = _options(
@@ -246,6 +251,7 @@ def generate(
     console = _console()
     with _progress(console, "loading weights") as progress:
         loaded = _load(model, backend, dtype, device, progress)
+    loaded.ops.waiting = partial(_notice, console)
     events = loaded.generate(conversations, tools=functions, thinking=thinking, seed=seed, **settings)
     sampler = loaded.generation.override(**settings)
     replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
@@ -257,7 +263,7 @@ def generate(
                 click.echo(_heading(reply.row, prompts[reply.row]))
             _print_reply(reply)
         if stats:
-            click.echo(_stats_block(reply, loaded, len(replies)), err=True)
+            click.echo(_stats_block(reply, loaded, len(replies), sampler), err=True)
 
 
 def _load(model: str | None, backend: str, dtype: str | None, device: str | None, progress: Any) -> Model:
@@ -397,7 +403,7 @@ def _progress(console: Console, label: str, in_bytes: bool = False) -> Iterator[
 
     def update(done: int, total: int) -> None:
         if not bar.live.is_started:
-            if time.monotonic() - began < 1 or done >= total or not console.is_terminal:
+            if time.monotonic() - began < PATIENCE or done >= total or not console.is_terminal:
                 return
             bar.start()
         bar.update(task, completed=done, total=total)
@@ -407,6 +413,19 @@ def _progress(console: Console, label: str, in_bytes: bool = False) -> Iterator[
     finally:
         if bar.live.is_started:  # else `stop` prints an empty line
             bar.stop()
+
+
+@contextmanager
+def _notice(console: Console, what: str) -> Iterator[None]:
+    """A line on a terminal once the work has taken a second; from a thread, as the work is a single call."""
+    later = threading.Timer(PATIENCE, console.print, (f"dgemma: {what} …",))
+    later.daemon = True
+    if console.is_terminal:
+        later.start()
+    try:
+        yield
+    finally:
+        later.cancel()
 
 
 # ---- generate: output ---------------------------------------------------------------------------
@@ -447,7 +466,7 @@ def _dtype(model: Model) -> str:
     return str(getattr(model.ops, "dtype", "float64")).rpartition(".")[2]
 
 
-def _stats_block(reply: Done, model: Model, rows: int) -> str:
+def _stats_block(reply: Done, model: Model, rows: int, sampler: GenerationConfig) -> str:
     from .info import amount
 
     s = reply.stats
@@ -461,6 +480,8 @@ def _stats_block(reply: Done, model: Model, rows: int) -> str:
         "memory": f"{amount(s.peak_memory)} at the peak",
         "run": f"{s.backend} {_dtype(model)}, seed {s.seed}, ended by {reply.finish_reason}",
     }
+    if sampler.soft_bound:
+        lines["soft"] = f"{s.soft_missing:.1e} of the probability left out at most, {s.soft_dense:.0%} dense"
     head = {"row": f"{reply.row + 1} of {rows}; the rows of a batch share the clock"} if rows > 1 else {}
     return "\n".join(f"{name:<8}{line}" for name, line in (head | lines).items())
 
@@ -621,26 +642,46 @@ def convert(
 
 
 @main.command(context_settings=_HELP, short_help="Check the kernels on this machine's GPU.")
-@click.option("--backend", type=click.Choice(["cuda"]), default="cuda", show_default=True)
-@click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "mlx", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Whose kernels.",
+)
+@click.option("--device", metavar="NAME", help="A torch device, such as cuda:1; cuda backend only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def selftest(backend: str, device: str | None, as_json: bool) -> int:
     """Check the kernels on this machine's GPU against their plain twins, at the released sizes.
 
-    The exit code is 1 if one is wrong. Without a GPU nothing is checked, and the report says so.
+    On a Mac the Metal kernels are off until this has passed; what it finds is kept. Without a Mac they run
+    in a simulator, at a small size, where there is a C++ compiler. The exit code is 1 if a kernel is wrong.
     """
+    from .loading import choose
+
+    report: Any
+    with _console().status("checking") as status:
+        if choose(backend, None, device) == "mlx":
+            from dgemma_mlx import selftest as metal
+
+            report = metal.run(status.update)
+            readable = metal.text(report)
+        else:
+            report, readable = _selftest_cuda(device)
+    click.echo(json.dumps(report) if as_json else readable)
+    return 1 if report["ok"] is False else 0
+
+
+def _selftest_cuda(device: str | None) -> tuple[Any, str]:
     from .config import load_json, read_config
     from .loading import make_ops
     from .released import RELEASED_DIR
 
-    ops: Any = make_ops(backend, None, device)
+    ops: Any = make_ops("cuda", None, device)
     from dgemma_cuda import selftest as library
 
-    config = read_config(load_json(RELEASED_DIR / "config.json"))
-    with _console().status("checking"):
-        report = library.run(ops, config)
-    click.echo(json.dumps(report) if as_json else library.text(report))
-    return 1 if report["ok"] is False else 0
+    report = library.run(ops, read_config(load_json(RELEASED_DIR / "config.json")))
+    return report, library.text(report)
 
 
 # ---- bench --------------------------------------------------------------------------------------
@@ -667,6 +708,11 @@ def selftest(backend: str, device: str | None, as_json: bool) -> int:
     "--skew", type=_Number(0), default=0.0, show_default=True, help="How unevenly experts are picked."
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps to time.")
+@click.option(
+    "--against",
+    type=click.Choice(["transformers"]),
+    help="Time its steps, too: the same geometry, random weights, none quantized.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of activations.")
 @click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -679,6 +725,7 @@ def bench(
     rows: int,
     skew: float,
     steps: int,
+    against: str | None,
     dtype: str | None,
     device: str | None,
     as_json: bool,
@@ -694,11 +741,12 @@ def bench(
     from .tiny import MODEL_DIR
 
     named = {"released": RELEASED_DIR, "tiny": MODEL_DIR}
-    path = named.get(geometry, Path(geometry)) / "config.json"
-    config = read_config(load_json(path), str(path))
+    folder = named.get(geometry, Path(geometry))
+    config = read_config(load_json(folder / "config.json"), str(folder / "config.json"))
     ops: Any = make_ops(backend, dtype, device)
     from dgemma_cuda import bench as library
 
+    peer = folder if against else None
     with _console().status("starting") as status:
-        report = library.run(ops, config, form, context, rows, skew, steps, status.update)
+        report = library.run(ops, config, form, context, rows, skew, steps, status.update, peer)
     click.echo(json.dumps(report) if as_json else library.text(report))

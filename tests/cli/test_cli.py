@@ -209,6 +209,16 @@ def test_stats_of_a_batch_name_their_row(model: Path) -> None:
     assert len(result.stdout.splitlines()) == 2
 
 
+def test_stats_say_what_soft_embeddings_left_out(model: Path) -> None:
+    args = ["generate", "--model", model, *SHORT, "--prompt", "a", "--stats", "--json"]
+    bare, full = call(*args), call(*args, "--soft-bound", "0.9")
+    assert "left out" not in bare.stderr
+    line = full.stderr.splitlines()[-1]
+    assert line.startswith("soft    ") and line.endswith("% dense")
+    assert json.loads(bare.stdout)["soft_dense"] == 1 and json.loads(bare.stdout)["soft_missing"] == 0
+    assert 0 < json.loads(full.stdout)["soft_missing"] <= 0.9
+
+
 def test_without_a_model_a_notice_says_who_answers(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgemma.loading.MODEL_DIR", model)
     result = call("generate", *SHORT, "--prompt", "Hi", "--json")

@@ -17,7 +17,7 @@ from dgemma.tiny import MODEL_DIR
 torch = pytest.importorskip("torch")
 
 from dgemma_cuda.cache import BucketCache, bucket  # noqa: E402
-from dgemma_cuda.graphs import Graphed  # noqa: E402
+from dgemma_cuda.graphs import Graphed, Places  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 
 
@@ -45,7 +45,7 @@ class RecordingOps(CudaOps):
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         if not repeats:
             return fn
-        self.graphed.append(Graphed(fn, record_here))
+        self.graphed.append(Graphed(fn, record_here, places=self._places))
         return self.graphed[-1]
 
 
@@ -134,22 +134,30 @@ def test_results_outlive_the_next_replay() -> None:
     assert (float(first), float(second)) == (2.0, 10.0)
 
 
-def test_only_what_changed_is_copied() -> None:
-    """A context is an argument of every step of a canvas, and hundreds of megabytes."""
-    context, copied = torch.ones(4), []
-    graphed = Graphed(lambda x, past: (x + past,), record_here)
-    graphed(torch.zeros(4), context)
-    recording = next(iter(graphed.recordings.values()))
+def spied(graphed: Graphed) -> list[Any]:
+    """What will be copied to the places of the only recording."""
+    copied: list[Any] = []
 
     class Spy:
-        def __init__(self, place: Any):
-            self.place = place
+        def __init__(self, memory: Any):
+            self.memory = memory
 
         def copy_(self, new: Any) -> None:
             copied.append(new)
-            self.place.copy_(new)
+            self.memory.copy_(new)
 
-    recording.inputs = [Spy(x) for x in recording.inputs]  # type: ignore[misc]
+    (recording,) = graphed.recordings.values()
+    for place in recording.places:
+        place.memory = Spy(place.memory)  # type: ignore[assignment]
+    return copied
+
+
+def test_only_what_changed_is_copied() -> None:
+    """A context is an argument of every step of a canvas, and hundreds of megabytes."""
+    context = torch.ones(4)
+    graphed = Graphed(lambda x, past: (x + past,), record_here)
+    graphed(torch.zeros(4), context)
+    copied = spied(graphed)
     new = torch.full((4,), 2.0)
     assert torch.equal(graphed(new, context)[0], torch.full((4,), 3.0))
     assert copied == [new]
@@ -157,10 +165,39 @@ def test_only_what_changed_is_copied() -> None:
     assert len(copied) == 2
 
 
+def test_a_context_is_held_once() -> None:
+    """By the recordings of a canvas's first step and of its later ones, which differ in their arguments."""
+    places, context = Places(), torch.ones(4, 4)
+    first = Graphed(lambda x, past: (x + past,), record_here, places=places)
+    later = Graphed(lambda x, past, soft: (x + past + soft,), record_here, places=places)
+    x, soft = torch.zeros(4), torch.full((4, 4), 3.0)
+    assert torch.equal(first(x, context)[0], torch.ones(4, 4))
+    assert torch.equal(later(x, context, soft)[0], torch.full((4, 4), 4.0))
+    (one,), (two,) = first.recordings.values(), later.recordings.values()
+    assert [place in one.places for place in two.places] == [True, True, False]
+    # What one recording's call left there is not taken for the other's argument.
+    assert torch.equal(later(x, context + 1, soft)[0], torch.full((4, 4), 5.0))
+    assert torch.equal(first(x, context)[0], torch.ones(4, 4))
+    copied = spied(first)
+    first(x, context)
+    assert copied == []
+    del first, later, one, two
+    assert not list(places._known)  # nothing is held for recordings that are gone
+
+
+def test_equal_arguments_have_places_of_their_own() -> None:
+    graphed = Graphed(lambda x, y: (x - y,), record_here)
+    same = torch.ones(3)
+    assert torch.equal(graphed(same, same)[0], torch.zeros(3))
+    assert torch.equal(graphed(torch.full((3,), 5.0), same)[0], torch.full((3,), 4.0))
+
+
 def test_steps_that_read_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records without a kernel are widened expert by expert, which a recording cannot hold."""
     recorded: list[Any] = []
-    monkeypatch.setattr("dgemma_cuda.ops.Graphed", lambda fn: lambda *args: recorded.append(args))
+    monkeypatch.setattr(
+        "dgemma_cuda.ops.Graphed", lambda fn, record, places: lambda *args: recorded.append(args)
+    )
     ops = CudaOps()
     ops.device = torch.device("cuda")
     step = ops.compile(lambda x: x + 1, repeats=True)

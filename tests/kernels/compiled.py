@@ -10,6 +10,7 @@ Options vary what is compiled: `--rows 16 --swap 0 --unroll 2 --stages 3 --arch 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -19,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dgemma_cuda.kernels import moe
+from dgemma_cuda.kernels import linear, moe
 
 # DiffusionGemma's: hidden size, expert size, experts, picks a token.
 D, M, E, K = 2816, 704, 128, 8
@@ -31,7 +32,8 @@ POINTERS = {
 }
 # What a launch finds divisible by 16, beside the pointers: Triton compiles for it then.
 DIVISIBLE = {"picks", "inputs", "outputs", "stride_x", "stride_h", "width"}
-PRODUCTS = ("gate_up", "down")
+FORMS = ("nvfp4", "fp8")
+PRODUCTS = ("gate_up", "down", "linear")
 DECODED = 2  # weights that one multiplication by scales makes
 
 
@@ -72,12 +74,14 @@ def report(kernel: Any) -> dict[str, Any]:
     return {"registers": registers, "spilled": stack, "shared": shared, "sass": sass}
 
 
-def product(arch: int, name: str, rows: int, config: moe.Config) -> dict[str, Any]:
+def product(arch: int, name: str, rows: int, form: str, config: moe.Config) -> dict[str, Any]:
     """The report of a product, with the instructions of its main loop a weight."""
-    height, parts = moe.TILE_ROWS[name], 2 if name == "gate_up" else 1
+    height = linear.tile_rows(arch) if name == "linear" else moe.TILE_ROWS[name]
+    parts = 2 if name == "gate_up" else 1
     constants = {
-        "E": E, "M": rows, "R": height, "WHOLE": True, "SWAP": config.swap, "UNROLL": config.unroll,
-        "SM": arch, "INTERPRET": False, **({"K": K} if name == "gate_up" else {}),
+        "M": rows, "R": height, "FP8": form == "fp8", "WHOLE": True, "SWAP": config.swap,
+        "UNROLL": config.unroll, "SM": arch, "INTERPRET": False,
+        **({"K": K, "E": E} if name == "gate_up" else {"E": E} if name == "down" else {}),
     }  # fmt: skip
     kernel = compile_for(name, arch, constants, num_warps=config.warps, num_stages=config.stages)
     found = report(kernel)
@@ -85,8 +89,8 @@ def product(arch: int, name: str, rows: int, config: moe.Config) -> dict[str, An
     loop = main_loop(found.pop("sass"), weights // DECODED)
     units = {op.split(".")[0] for op in loop} & {"HMMA", "HGMMA", "UTCHMMA"}
     return {
-        "arch": arch, "kernel": name, "rows": rows, "swap": config.swap, "unroll": config.unroll,
-        "stages": config.stages, **found, "unit": "+".join(sorted(units)),
+        "arch": arch, "kernel": name, "form": form, "rows": rows, "swap": config.swap,
+        "unroll": config.unroll, "stages": config.stages, **found, "unit": "+".join(sorted(units)),
         "per_weight": round(len(loop) / weights, 2),
     }  # fmt: skip
 
@@ -111,14 +115,20 @@ def main_loop(sass: str, products: int) -> list[str]:
     return found
 
 
+def choices(rows: int) -> list[tuple[str, str]]:
+    """Products and forms of weights for blocks of so many rows; linears in the blocks of a canvas only."""
+    return [choice for choice in itertools.product(PRODUCTS, FORMS) if choice[0] != "linear" or rows == 64]
+
+
 def everything(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Reports of all products that `moe.experts` may launch, with `options` in place of the table's."""
     for (arch, rows), config in moe.CONFIGS.items():
         if options.arch in (None, arch) and options.rows in (None, rows):
             changed = {name: getattr(options, name) for name in ("swap", "unroll", "stages")}
             config = replace(config, **{k: v for k, v in changed.items() if v is not None})
-            for name in PRODUCTS:
-                yield product(arch, name, rows, config)
+            for name, form in choices(rows):
+                if options.form in (None, form):
+                    yield product(arch, name, rows, form, config)
     for arch in moe.CANVAS_ROWS:
         if options.arch in (None, arch) and options.rows is None:
             for name, constants in (("plan", {"E": E, "BINS": E, "M": 16}), ("combine", {"K": K, "C": 1024})):
@@ -131,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("arch", "rows", "swap", "unroll", "stages"):
         parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--form", choices=FORMS)
     for line in everything(parser.parse_args()):
         print(json.dumps(line), flush=True)
 

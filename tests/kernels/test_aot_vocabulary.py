@@ -34,30 +34,17 @@ SIXTEEN = [["tt.divisibility", 16]]
 # multiples of 16, which Triton is told at a launch, too.
 POINTERS = {
     "logits": "*bf16", "p": "*bf16", "table": "*bf16", "soft": "*bf16", "q": "*bf16", "k": "*bf16",
-    "v": "*bf16", "temperature": "*fp32", "parts": "*fp32", "values": "*fp32", "uniforms": "*fp32",
-    "top": "*fp32", "total": "*fp32", "shares": "*fp32", "dropped": "*fp32", "few_shares": "*fp32",
-    "missing": "*fp32", "partial": "*fp32", "sums": "*fp32", "places": "*i32", "few_ids": "*i32",
-    "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64", "ends": "*i64", "pad": "*i64",
+    "v": "*bf16", "past_k": "*bf16", "past_v": "*bf16", "temperature": "*fp32", "parts": "*fp32",
+    "values": "*fp32", "uniforms": "*fp32", "top": "*fp32", "total": "*fp32", "shares": "*fp32",
+    "dropped": "*fp32", "few_shares": "*fp32", "missing": "*fp32", "partial": "*fp32", "sums": "*fp32",
+    "places": "*i32", "few_ids": "*i32", "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64",
+    "ends": "*i64", "pad": "*i64",
 }  # fmt: skip
-FLOATS = {"cap", "limit", "most"}
-MULTIPLES = {
-    "V",
-    "D",
-    "span",
-    "keep",
-    "L",
-    "window",
-    "q_b",
-    "q_h",
-    "q_l",
-    "k_b",
-    "k_g",
-    "k_s",
-    "v_b",
-    "v_g",
-    "v_s",
+STRIDES = {
+    f"{x}_{axis}" for x, axes in {"q": "bhl", "k": "bgs", "p": "bgs", "o": "zbhl"}.items() for axis in axes
 }
-MULTIPLES |= {"o_z", "o_b", "o_h", "o_l"}
+FLOATS = {"cap", "limit", "most", "trace"}
+MULTIPLES = {"V", "D", "span", "keep", "L", "window", *STRIDES}  # P is 1,023 on sliding layers
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dgemma.numpy_ops import NumpyOps
+from dgemma.quantized import FP8
 from tests.kernels.test_layout import bfloat16, on_torch, random_record
 
 pytest.importorskip("torch")
@@ -39,9 +40,9 @@ OPERATIONS = {
 }
 
 
-def execute(ptx: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """The eight outputs ($0–$7, uint16) of the assembly for its inputs ($8 and on, uint32)."""
-    values = {f"${8 + i}": x for i, x in enumerate(inputs)}
+def execute(ptx: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs ($0 and on, uint16) of the assembly for its inputs (behind them, uint32)."""
+    values = {f"${outputs + i}": x for i, x in enumerate(inputs)}
 
     def read(name: str) -> np.ndarray:
         return values[name] if name in values else np.full_like(inputs[0], int(name, 0))
@@ -58,7 +59,7 @@ def execute(ptx: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
             values[operands[0]] = OPERATIONS[operation](*map(read, operands[1:]))
         else:
             assert operation in ("{", "}", ".reg"), line
-    return [values[f"${i}"] for i in range(8)]
+    return [values[f"${i}"] for i in range(outputs)]
 
 
 @pytest.mark.parametrize("name", ["MUL", "FMA"])
@@ -69,9 +70,24 @@ def test_assembly_decodes_what_the_tiles_hold(name: str) -> None:
     octets = tiled.scales.numpy()[:, 0, :, 0, :, None].astype(np.int64)  # [E, B, R, 1]
     pairs = [device.scale.fn(octets, i, False).astype(np.uint32) for i in range(4)]
     pairs = [np.broadcast_to(pair, words.shape) for pair in pairs]
-    found = execute(getattr(device, name).value, [words, *pairs])
+    found = execute(getattr(device, name).value, 8, [words, *pairs])
     values = bfloat16(np.stack(found, -1)).reshape(*words.shape, 4, 2) * device.UNIT.value
     values = values.transpose(0, 2, 1, 4, 3, 5).reshape(record.shape)  # [E, R, B, 4, 8, 2]
+    np.testing.assert_array_equal(values, NumpyOps().dequantize(record))
+
+
+@pytest.mark.parametrize("name", ["MUL_FP8", "FMA_FP8"])
+def test_assembly_decodes_every_code_of_fp8(name: str) -> None:
+    """Exactly, in each place of a word, subnormals among them."""
+    record = random_record((2, 64, 256), "none", form=FP8)
+    codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8)
+    record.codes[:] = (
+        np.random.default_rng(0).permutation(np.resize(codes, record.codes.size)).reshape(2, 64, 256)
+    )
+    words = layout.tile(on_torch(record), 64).words.numpy().view(np.uint32)[:, 0, :, 0]  # [E, B, R, 16]
+    found = execute(getattr(device, name).value, 4, [words])
+    values = bfloat16(np.stack(found, -1)).reshape(*words.shape, 2, 2)
+    values = values.transpose(0, 2, 1, 4, 3, 5).reshape(record.shape)  # [E, R, B, 2, 16, 2]
     np.testing.assert_array_equal(values, NumpyOps().dequantize(record))
 
 

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 from dgemma_cuda.kernels import attention as module  # noqa: E402
-from dgemma_cuda.kernels.attention import Tile, attention, attention_plain  # noqa: E402
+from dgemma_cuda.kernels.attention import Tile, attend, attention, attention_plain  # noqa: E402
+from dgemma_cuda.ops import CudaOps  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +155,42 @@ def test_strides_are_free(device: torch.device) -> None:
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
     k = k.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(attention(q, k[:, :, 9:], v[:, :, 9:], None, False, None), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("pad", [None, [7, 25], [16, 31]], ids=lambda pad: str(pad))
+@pytest.mark.parametrize("P", [0, 1, 16, 29])
+def test_past_and_own_are_read_where_they_are(
+    device: torch.device, P: int, pad: list[int] | None, splits: int, causal: bool
+) -> None:
+    """Apart from each other and in strides of their own, the past cut from a cache; padding in both."""
+    q, k, v = heads(2, 4, 2, 21, P + 21, 16)
+    pad = [min(n, P + 20) for n in pad] if pad else None
+    expected = composite(q, k, v, pad, causal, 12)
+    cached = [torch.cat([torch.full((2, 2, 5, 16), torch.nan), x[:, :, :P]], 2).to(device) for x in (k, v)]
+    past = tuple(x[:, :, 5:] for x in cached) if P else None
+    own = tuple(x[:, :, P:].transpose(1, 2).contiguous().to(device).transpose(1, 2) for x in (k, v))
+    at = None if pad is None else torch.tensor(pad, device=device)
+    ours = attend(q.to(device), own, past, at, causal, 12, splits)  # type: ignore[arg-type]
+    close(ours.double().cpu().numpy(), expected, 1e-5, "past and own")
+
+
+def test_a_pair_that_lies_apart_is_copied(device: torch.device) -> None:
+    q, k, v = (x.to(device) for x in heads(2, 4, 2, 7, 30, 16))
+    expected = attention(q, k, v, None, True, None)
+    cut = k[:, :, :23], v[:, :, :23].transpose(1, 2).contiguous().transpose(1, 2)
+    own = k[:, :, 23:], v[:, :, 23:].transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(attend(q, own, cut, None, True, None), expected)
+
+
+def test_the_backend_joins_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = CudaOps(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ops.__dict__["kernels"] = True
+    monkeypatch.setattr(ops, "concat", None)
+    q, k, v = (x.to(device) for x in heads(1, 2, 1, 7, 30, 16))
+    past, own = (k[:, :, :23], v[:, :, :23]), (k[:, :, 23:], v[:, :, 23:])
+    assert torch.equal(ops.attend(q, own, past, None, False, None), attention(q, k, v, None, False, None))
 
 
 def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,34 +7,36 @@ import pytest
 
 from dgemma import nvfp4
 from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import NVFP4, Quantized
+from dgemma.quantized import FP8, NVFP4, Form, Quantized, affine
 
 torch = pytest.importorskip("torch")
 
 from dgemma_cuda.kernels import layout  # noqa: E402
 
 
-def random_record(shape: tuple[int, int, int], factor: str = "row", seed: int = 0) -> Quantized:
-    """A record of random codes and of random scales of either sign, zero among them; fields are NumPy's."""
-    E, O, I = shape
+def random_record(
+    shape: tuple[int, ...], factor: str = "row", seed: int = 0, form: Form = NVFP4
+) -> Quantized:
+    """A record of random codes, in NVFP4 with scales of either sign, zero among them; fields are NumPy's."""
+    *lead, I = shape
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 256, (E, O, I // 2), dtype=np.uint8)
-    scales = rng.integers(0, 127, (E, O, I // 16), dtype=np.uint8)
+    size = {"none": None, "stack": (1,), "matrix": (*lead[:-1], 1), "row": tuple(lead)}[factor]
+    factors = None if size is None else rng.uniform(0.01, 2, size).astype(np.float32)
+    codes = rng.integers(0, 256, (*lead, I * form.bits // 8), dtype=np.uint8)
+    if form == FP8:
+        codes[codes & 127 == 127] = 0  # NaN
+        return Quantized(form, codes, factor=factors)
+    scales = rng.integers(0, 127, (*lead, I // 16), dtype=np.uint8)
     scales |= (rng.random(scales.shape) < 0.1).astype(np.uint8) << 7
     scales[rng.random(scales.shape) < 0.1] = 0
-    size = {"none": None, "stack": (1,), "matrix": (E, 1), "row": (E, O)}[factor]
-    return Quantized(
-        NVFP4,
-        codes,
-        scales,
-        factor=None if size is None else rng.uniform(0.01, 2, size).astype(np.float32),
-    )
+    return Quantized(form, codes, scales, factor=factors)
 
 
 def on_torch(record: Quantized) -> Quantized:
     return record.map(torch.from_numpy)
 
 
+@pytest.mark.parametrize("form", [NVFP4, FP8], ids=str)
 @pytest.mark.parametrize("factor", ["none", "stack", "matrix", "row"])
 @pytest.mark.parametrize(
     ("shape", "rows", "parts"),
@@ -45,18 +47,20 @@ def on_torch(record: Quantized) -> Quantized:
         ((3, 128, 128), 64, 2),
         ((2, 44, 16), 16, 2),  # 22 rows a part in tiles of 16, a quarter of a block
         ((1, 2, 176), 128, 2),
+        ((128, 192), 64, 1),  # a matrix
+        ((71, 80), 32, 1),
     ],
 )
 def test_tiles_hold_what_the_record_holds(
-    shape: tuple[int, int, int], rows: int, parts: int, factor: str
+    shape: tuple[int, ...], rows: int, parts: int, factor: str, form: Form
 ) -> None:
-    record = random_record(shape, factor)
+    record = random_record(shape, factor, form=form)
     tiled = layout.tile(on_torch(record), rows, parts)
-    # float64, then rounded once: code · scale has 6 bits, so that float32 rounds only by the factor, too.
+    # float64, then rounded once: a code times its scale has 6 bits; float32 rounds by the factor only, too.
     np.testing.assert_array_equal(
         layout.untile(tiled).numpy(), NumpyOps().dequantize(record).astype(np.float32)
     )
-    assert tiled.shape == shape and tiled.rows == rows and tiled.parts == parts
+    assert (tiled.form, tiled.shape, tiled.rows, tiled.parts) == (form, shape, rows, parts)
 
 
 def test_a_factor_that_divides_becomes_its_reciprocal() -> None:
@@ -71,7 +75,20 @@ def test_no_byte_is_added_to_a_stack_of_whole_tiles() -> None:
     tiled = layout.tile(on_torch(record), 64, 2)
     assert tiled.words.nbytes == record.codes.nbytes
     assert tiled.scales.nbytes == record.scales.nbytes
-    assert tiled.words.is_contiguous() and tiled.scales.is_contiguous()
+    assert tiled.scales is not None and tiled.words.is_contiguous() and tiled.scales.is_contiguous()
+    record = random_record((2, 128, 192), "none", form=FP8)
+    assert layout.tile(on_torch(record), 64, 2).words.nbytes == record.codes.nbytes
+
+
+def test_what_has_no_tiles() -> None:
+    """Other forms, and FP8 with NaN: its bits would be 480."""
+    assert layout.fits(on_torch(random_record((4, 64)))) and layout.fits(
+        on_torch(random_record((4, 64), form=FP8))
+    )
+    damaged = random_record((4, 64), form=FP8)
+    damaged.codes[2, 3] = 0xFF
+    assert not layout.fits(on_torch(damaged))
+    assert not layout.fits(on_torch(Quantized(affine(8, 64), damaged.codes)))
 
 
 def test_chunks_of_experts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +96,8 @@ def test_chunks_of_experts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -
     whole = layout.tile(record, 32)
     monkeypatch.setattr(layout, "CHUNK", 2 * 32 * 8)  # two experts at a time
     parts = layout.tile(record, 32)
-    assert torch.equal(whole.words, parts.words) and torch.equal(whole.scales, parts.scales)
+    assert torch.equal(whole.words, parts.words)
+    assert whole.scales is not None and parts.scales is not None and torch.equal(whole.scales, parts.scales)
 
 
 def test_a_scale_that_is_nan_stays_nan() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import NVFP4, Quantized, quantize
+from dgemma.quantized import FP8, NVFP4, Form, Quantized, quantize
 from tests.compare import EPS, close
 
 torch = pytest.importorskip("torch")
@@ -40,11 +40,14 @@ class Layer:
         )
 
 
-def layer(E: int, N: int, K: int, D: int, M: int, factor: str = "row", skip: int | None = None) -> Layer:
+def layer(
+    E: int, N: int, K: int, D: int, M: int, factor: str = "row", skip: int | None = None,
+    forms: tuple[Form, Form] = (NVFP4, NVFP4),
+) -> Layer:  # fmt: skip
     """Random experts, of which `skip` is never picked."""
     rng = np.random.default_rng([E, N, K, D, M])
-    gate_up = quantize(rng.standard_normal((E, 2 * M, D)).astype(np.float32), NVFP4)
-    down = quantize(rng.standard_normal((E, D, M)).astype(np.float32), NVFP4)
+    gate_up = quantize(rng.standard_normal((E, 2 * M, D)).astype(np.float32), forms[0])
+    down = quantize(rng.standard_normal((E, D, M)).astype(np.float32), forms[1])
     if factor == "row":
         shape = {"gate_up": (E, 2 * M), "down": (E, D)}
         more = {name: rng.uniform(0.5, 2, size).astype(np.float32) for name, size in shape.items()}
@@ -90,6 +93,10 @@ SMALL = {
     "more than one block an expert": dict(E=2, N=40, K=1, D=64, M=64),
     "a factor a matrix": dict(E=3, N=4, K=2, D=64, M=64, factor="matrix"),
     "no factor": dict(E=3, N=4, K=2, D=64, M=64, factor="none"),
+    "FP8": dict(E=3, N=5, K=2, D=128, M=64, forms=(FP8, FP8)),
+    "FP8, odd sizes": dict(E=4, N=7, K=3, D=80, M=44, forms=(FP8, FP8)),
+    "FP8, no factor": dict(E=3, N=4, K=2, D=64, M=64, factor="none", forms=(FP8, FP8)),
+    "NVFP4, then FP8": dict(E=3, N=4, K=2, D=80, M=48, forms=(NVFP4, FP8)),
 }
 
 
@@ -101,10 +108,11 @@ def test_experts(place: Any, name: str) -> None:
     compare(moe.experts_plain(*inputs), part.expected(inputs[0]), f"{name}, the twin")
 
 
+@pytest.mark.parametrize("name", ["odd sizes", "FP8, odd sizes"])
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("rows", [16, 32, 64])
-def test_both_orders_of_operands(place: Any, rows: int, swap: bool) -> None:
-    part = layer(**SMALL["odd sizes"])
+def test_both_orders_of_operands(place: Any, rows: int, swap: bool, name: str) -> None:
+    part = layer(**SMALL[name])
     inputs = placed(part, place)
     compare(run(inputs, rows, moe.Config(swap)), part.expected(inputs[0]), f"blocks of {rows}, swap {swap}")
 
@@ -126,8 +134,9 @@ def test_unrolling_leaves_a_rest(place: Any) -> None:
     compare(run(inputs, 16, moe.Config(True, unroll=2)), part.expected(inputs[0]), "unrolled")
 
 
-def test_bfloat16(place: Any) -> None:
-    part = layer(**SMALL["odd sizes"])
+@pytest.mark.parametrize("name", ["odd sizes", "FP8, odd sizes"])
+def test_bfloat16(place: Any, name: str) -> None:
+    part = layer(**SMALL[name])
     inputs = placed(part, place, torch.bfloat16)
     actual = moe.experts(*inputs)
     assert actual.dtype == torch.bfloat16
@@ -180,6 +189,18 @@ def test_a_dense_code_for_every_scale(place: Any) -> None:
         np.uint8
     )
     record = Quantized(NVFP4, codes, scales)
+    tiled = layout.tile(record.map(lambda x: torch.from_numpy(x).to(place)), 128)
+    one = torch.ones((64, 1), device=place)
+    chosen = plan(torch.zeros((64, 1), dtype=torch.int64, device=place), 1, 16)
+    h = torch.eye(64, device=place, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
+    y = moe.projected(h, chosen, one, tiled, moe.Config(True))
+    np.testing.assert_array_equal(y.float().cpu().numpy().T, NumpyOps().dequantize(record)[0])
+
+
+def test_every_code_of_fp8(place: Any) -> None:
+    """Through the kernel, by identity activations, subnormals among them."""
+    codes = np.resize([code for code in range(256) if code & 127 != 127], (1, 128, 64)).astype(np.uint8)
+    record = Quantized(FP8, codes)
     tiled = layout.tile(record.map(lambda x: torch.from_numpy(x).to(place)), 128)
     one = torch.ones((64, 1), device=place)
     chosen = plan(torch.zeros((64, 1), dtype=torch.int64, device=place), 1, 16)

@@ -29,7 +29,10 @@ def test_kernels_agree_with_their_twins(ops: CudaOps) -> None:
     assert report["ok"] is True
     names = [check["name"] for check in report["checks"]]
     assert names == [
-        "experts",
+        "experts, nvfp4",
+        "linear, nvfp4",
+        "experts, fp8",
+        "linear, fp8",
         "attention, heads of 16",
         "attention, heads of 32",
         "vocabulary, entropy",

@@ -266,6 +266,30 @@ def test_sparse_rows_beyond_the_cap_keep_the_first_tokens(device: torch.device) 
     np.testing.assert_allclose(float64(guess.soft), [[3.5]], rtol=2.0**-8)
 
 
+def test_a_sure_row_is_sparse_and_says_so(device: torch.device) -> None:
+    """What it leaves out is less than float32 has: not 0, which would mean that it left nothing out."""
+    logits = np.full((1, 120), -90.0)
+    logits[0, 7] = 90.0
+    args = Case.exact(device, logits, [0.5])
+    for run in (vocabulary.sparse_vocabulary, vocabulary.sparse_vocabulary_plain):
+        _, missing = run(args.h, args.table, SOFTCAP, 0.2, args.uniforms)
+        assert 0 < float(missing[0]) < 1e-20
+
+
+def test_the_backend_leaves_out_what_it_may(device: torch.device) -> None:
+    from dgemma_cuda.ops import CudaOps
+
+    case, ops = alternate(device, 128), CudaOps(device, torch.bfloat16)
+    ops.__dict__["kernels"] = True
+    args = (case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms)
+    said = ops.vocabulary(*args, soft_bound=1e-3)
+    wanted, missing = vocabulary.sparse_vocabulary(*args, vocabulary.Sparse(missing=1e-3))
+    assert torch.equal(said.soft, wanted.soft) and torch.equal(said.missing, missing)
+    assert 0 < missing.max() <= 1e-3
+    whole = ops.vocabulary(*args)
+    assert whole.missing is None and torch.equal(whole.soft, vocabulary.vocabulary(*args).soft)
+
+
 def test_importing_the_kernels_imports_no_triton() -> None:
     code = "import sys, dgemma_cuda.kernels.attention; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

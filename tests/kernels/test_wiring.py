@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dgemma.checkpoint import Checkpoint
+from dgemma.config import read_config
 from dgemma.model import Model
 from dgemma.numpy_ops import NumpyOps
 from dgemma.ops import Ops
@@ -16,16 +17,22 @@ from tests.checkpoints import make_checkpoint, small
 
 torch = pytest.importorskip("torch")
 
+from dgemma_cuda import bench  # noqa: E402
 from dgemma_cuda.kernels.layout import Tiled  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 
+TWO_LAYERS: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ModelOpt NVFP4, with experts of a size that fills neither a tile nor a block."""
+
+@pytest.fixture(scope="module", params=["balanced", "small"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ModelOpt NVFP4, experts of a size that fills neither a tile nor a block; in "small" linears, too."""
     folder = tmp_path_factory.mktemp("packed")
-    config = small(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    plan, source = make_plan(make_checkpoint(folder / "in", config), "nvfp4")
+    config = small(**TWO_LAYERS)
+    plan, source = make_plan(make_checkpoint(folder / "in", config), "nvfp4", request.param)
     assert source
     stream.convert(plan, source, folder / "out")
     return folder / "out"
@@ -48,7 +55,11 @@ def logits(folder: Path, ops: Ops) -> tuple[Model, np.ndarray]:
 def test_a_checkpoint_runs_on_the_kernels(packed: Path, place: Any) -> None:
     ops = with_kernels(place)
     model, got = logits(packed, ops)
-    assert isinstance(model.weights.layers[0].experts.gate_up, Tiled)
+    layer, tiled = model.weights.layers[0], Checkpoint.open(packed).sources
+    assert isinstance(layer.experts.gate_up, Tiled)
+    for name, w in (("self_attn.q_proj", layer.attention.q), ("mlp.down_proj", layer.mlp.down)):
+        stored = tiled[f"model.decoder.layers.0.{name}.weight"].form
+        assert isinstance(w, Tiled) == (stored is not None)
     _, wanted = logits(packed, NumpyOps())
     bound = 2e-5 if ops.dtype == torch.float32 else 0.05
     assert np.abs(got - wanted).max() <= bound * np.abs(wanted).max()
@@ -72,10 +83,26 @@ def test_a_step_on_the_kernels(packed: Path, place: Any) -> None:
         assert (got.argmax == wanted.argmax).all() and (got.canvas == wanted.canvas).all()
 
 
+def test_every_record_of_fp8_runs_on_the_kernels(place: Any) -> None:
+    """Experts, attention and MLP, as the published checkpoints have it; the twin decodes the same records."""
+    config, found = read_config(small(**TWO_LAYERS)), []
+    for kernels in (True, False):
+        ops = with_kernels(place)
+        ops.__dict__["kernels"] = kernels
+        made = bench.prepare(ops, config, "fp8", context=7, rows=1, skew=0.0)
+        layer = made.model.weights.layers[0]
+        weights = layer.experts.gate_up, layer.experts.down, layer.attention.o, layer.mlp.gate
+        assert all(isinstance(w, Tiled) == kernels for w in weights)
+        found.append(made.model.logits(made.context, made.canvas))
+        assert ops.reads_host != kernels  # so that such a step can be recorded
+    bound = 0.1 if place.type == "cuda" else 2e-5
+    assert np.abs(found[0] - found[1]).max() <= bound * np.abs(found[1]).max()
+
+
 def test_one_stack_in_another_form(packed: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = with_kernels(place)
     arrange = ops.arrange
-    monkeypatch.setattr(ops, "arrange", lambda r, name: arrange(r, name) if name == "down" else r)
+    monkeypatch.setattr(ops, "arrange", lambda r, name: r if name == "gate_up" else arrange(r, name))
     model, got = logits(packed, ops)
     kinds = [type(w).__name__ for w in vars(model.weights.layers[0].experts).values()]
     assert kinds == ["Quantized", "Tiled"]

@@ -1,0 +1,82 @@
+"""What a user sees while kernels are compiled and steps recorded, with a recorder that is only slow."""
+
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dgemma import cli
+from dgemma.checkpoint import Checkpoint
+from dgemma.model import Model
+from dgemma.tiny import MODEL_DIR
+from dgemma.tokenizer import Tokenizer
+from tests.cuda.test_graphs import record_here
+
+torch = pytest.importorskip("torch")
+
+from dgemma_cuda.graphs import Graphed  # noqa: E402
+from dgemma_cuda.ops import CudaOps  # noqa: E402
+
+
+def test_slow_first_calls_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass over a prompt and every recording, and not what is replayed."""
+    said: list[str] = []
+
+    @contextmanager
+    def waiting(what: str) -> Iterator[None]:
+        said.append(what.split()[0])
+        yield
+        said.append("done")
+
+    monkeypatch.setattr("dgemma_cuda.ops.record_cuda", record_here)
+    ops = CudaOps()
+    ops.device, ops.waiting = torch.device("cuda"), waiting
+    encode, step = ops.compile(lambda x: x), ops.compile(lambda x: (x + 1,), repeats=True)
+    for _ in range(2):
+        encode(torch.ones(3))
+    assert said == ["compiling", "done"]
+    for n in (3, 3, 4):
+        step(torch.ones(n))
+    assert said[2:] == ["recording", "done"] * 2
+
+
+class SlowOps(CudaOps):
+    """Recordings on a CPU."""
+
+    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
+        return Graphed(fn, self._record) if repeats else fn
+
+
+@pytest.mark.parametrize("live", ["--live", "--no-live"])
+@pytest.mark.parametrize(("seconds", "terminal"), [(0.2, True), (0.0, True), (0.2, False)])
+def test_a_slow_recording_is_shown_on_a_terminal(
+    seconds: float,
+    terminal: bool,
+    live: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def slow(run: Callable[[], Any]) -> Any:
+        time.sleep(seconds)
+        return record_here(run)
+
+    def load(*args: Any) -> Model:
+        checkpoint, ops = Checkpoint.open(MODEL_DIR), SlowOps()
+        weights, tokenizer = checkpoint.load(ops), Tokenizer.open(MODEL_DIR)
+        return Model(ops, checkpoint.config, checkpoint.generation, weights, tokenizer)
+
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    monkeypatch.setattr("dgemma_cuda.ops.record_cuda", slow)
+    monkeypatch.setattr(cli, "PATIENCE", 0.1)
+    monkeypatch.setattr(cli, "_console", lambda: console)
+    monkeypatch.setattr(cli, "_load", load)
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--prompt", 'Reverse "canvas".', "--seed", "1", "--steps", "3", live])
+    shown = console.file.getvalue().count("dgemma: recording a denoising step")  # type: ignore[attr-defined]
+    # One without self-conditioning and one with it.
+    assert shown == (2 if seconds and terminal else 0)
+    assert "dgemma:" not in capsys.readouterr().out
