@@ -25,7 +25,8 @@ endif
 DEMO_PROMPT ?= Reverse "diffusion".
 DEMO_FLAGS ?= --live
 export DEMO_PROMPT
-PYTEST_FLAGS ?=
+# Two workers; the tests of a file stay together, as they share what is slow to make.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 
 PACKAGES := dgemma,dgemma_convert,dgemma_mlx,dgemma_cuda
 SMOKE := build/smoke

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -617,6 +618,21 @@ def test_what_was_never_written_shows_as_nan() -> None:
         (1, 1, 1),
     ).run()
     assert np.isnan(np.array(y)).all()
+
+
+def test_a_launch_leaves_no_stacks_behind() -> None:
+    """Linux allows a process 65,530 maps, and hundreds of kernels may be loaded, 1,024 lanes each."""
+
+    def maps() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    inputs, outputs = {"x": mx.arange(8)}, [((1,), mx.float32)]
+    before = maps()
+    Trial("y[0] = 1.0f;", inputs, outputs, grid=(1024, 1, 1), threadgroup=(1024, 1, 1)).run()
+    assert maps() - before < 100
+    with pytest.raises(simulator.SimulatorError):
+        Trial("y[size_t(1) << 40] = 1.0f;", inputs, outputs, (512, 1, 1), (512, 1, 1)).run()
+    assert maps() - before < 100
 
 
 def test_every_form_of_a_threadgroup_variable_is_found() -> None:

@@ -48,10 +48,22 @@ inline void fail_crash(int signal) {
        lane.site.line() ? ", after waiting here" : ", before it waits for the first time");
 }
 
+// Each kernel is a library with lanes of its own, and Linux allows a process 65,530 maps: stacks, which take
+// two each, do not outlive a launch.
+inline void drop_stacks() {
+  for (Lane& lane : lanes) {
+    drop_stack(lane.fiber.stack);
+    lane.fiber.stack = nullptr;
+  }
+}
+
 inline void start_guarded(void (*body)(void**), void** buffers, const Launch& requested) {
   CrashGuard guard;
-  if (int signal = sigsetjmp(before_launch, 1)) return fail_crash(signal);
-  start(body, buffers, requested);
+  if (int signal = sigsetjmp(before_launch, 1))
+    fail_crash(signal);
+  else
+    start(body, buffers, requested);
+  drop_stacks();
 }
 
 }  // namespace simulator
