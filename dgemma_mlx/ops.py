@@ -167,18 +167,16 @@ class MlxOps(Ops):
         if self.on_gpu:
             y = mx.quantized_matmul(x, _words(w), **_packed(w))
         else:  # decoded for the BLAS: thirty times as fast as the CPU's packed product
-            y = self.wide(x) @ self._decoded(w).T
+            y = self.wide(x) @ self.decoded(w).T
         return self.like(self._factored(y, w, w.factor), x)
 
-    def _decoded(self, w: Quantized) -> Array:
-        """The matrix or stack of a record in float32, without its factor."""
+    def decoded(self, w: Quantized, dtype: mx.Dtype = mx.float32) -> Array:
+        """The matrix or stack of a record without its factor, in one operation; `dense` makes wide planes."""
         form = w.form
         assert w.scales is not None, form
         if prod(w.shape) % 32:  # MLX 0.32 reshapes the codes by 32, whatever the group
-            return self.dequantize(replace(w, factor=None))
-        return mx.dequantize(
-            _words(w), w.scales, w.biases, form.group, form.bits, form.mode, dtype=mx.float32
-        )
+            return self.dequantize(replace(w, factor=None)).astype(dtype)
+        return mx.dequantize(_words(w), w.scales, w.biases, form.group, form.bits, form.mode, dtype=dtype)
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
         if isinstance(weight, Quantized):
@@ -191,7 +189,7 @@ class MlxOps(Ops):
 
     def _packed_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
         if not self.on_gpu and 4 * prod(w.shape) <= DECODED_STACK:
-            return _expert_linear(self.wide(x), self._decoded(w), experts)
+            return _expert_linear(self.wide(x), self.decoded(w), experts)
         # The CPU sums in the type of the activations, 6 % off in bfloat16.
         rows = (x if self.on_gpu else self.wide(x)).reshape(-1, 1, x.shape[-1])
         return mx.gather_qmm(rows, _words(w), rhs_indices=experts, sorted_indices=True, **_packed(w))[:, 0]
@@ -250,7 +248,7 @@ class MlxOps(Ops):
         if table.factor is not None:  # it belongs to the rows that are summed over
             p = p / table.factor if table.divides else p * table.factor
         if not self.on_gpu:
-            return self.compute(self.wide(self.compute(p)) @ self._decoded(table))
+            return self.compute(self.wide(self.compute(p)) @ self.decoded(table))
         return mx.quantized_matmul(self.compute(p), _words(table), **_packed(table, transpose=False))
 
     def _vocabulary(

@@ -250,7 +250,7 @@ def _first(found: Array) -> Array:
 def _rows(ops: MlxOps, table: Array | Quantized, ids: Array) -> Array:
     """Rows [N, n, D] of the table in the compute type; the last one for a token behind it."""
     ids = mx.minimum(ids, table.shape[0] - 1)
-    return _dequantized(table[ids], ops.dtype) if isinstance(table, Quantized) else ops.take(table, ids)
+    return _dequantized(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
 
 
 def _candidates(h: Array, rows: Array) -> Array:
@@ -263,15 +263,13 @@ def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
     return mx.where(ids < V, mx.exp(scale.below(scale.bend(raw), top)), 0.0)
 
 
-def _dequantized(record: Quantized, dtype: mx.Dtype) -> Array:
-    """`Ops.dense` in one kernel: the definition's planes of int32 and float32 would be the largest of all."""
-    form, words = record.form, record.codes.view(mx.uint32)
-    assert record.scales is not None, form  # every form that MLX has, and others are not placed as records
-    y = mx.dequantize(words, record.scales, record.biases, form.group, form.bits, form.mode, dtype=dtype)
+def _dequantized(ops: MlxOps, record: Quantized) -> Array:
+    """As `Ops.dense`, whose int32 and float32 planes would be the largest arrays here."""
+    y = ops.decoded(record, ops.dtype)
     if record.factor is None:
         return y
     factor = record.factor[..., None]
-    return (y / factor if record.divides else y * factor).astype(dtype)
+    return ops.compute(y / factor if record.divides else y * factor)
 
 
 # ---- a sparse soft embedding: the runs that have the most mass -------------------------------------------
