@@ -26,12 +26,12 @@ from dgemma.ops import Array, Guess, Ops, Stored
 from dgemma.quantized import MXFP8, Quantized
 from dgemma.weights import MlpWeights
 
-from . import simulator, verdict
+from . import elementary, simulator, verdict
 from .kernels import attention, moe, norms, plan, vocabulary
 from .memory import limits
 
-# A stack of experts that the CPU decodes as a whole for its product: bytes in float32.
-DECODED_STACK = 256 << 20
+# What the CPU decodes at a time of a stack of experts for its product: bytes in float32.
+DECODED = 8 << 20
 
 
 class MlxOps(Ops):
@@ -118,13 +118,17 @@ class MlxOps(Ops):
         return mx.where(condition, x, y)
 
     def exp(self, x: Array) -> Array:
-        return mx.exp(x)
+        return mx.exp(x) if self._fast(x) else elementary.exp(x)
 
     def log(self, x: Array) -> Array:
         return mx.log(x)
 
     def tanh(self, x: Array) -> Array:
-        return mx.tanh(x)
+        return mx.tanh(x) if self._fast(x) else elementary.tanh(x)
+
+    def _fast(self, x: Array) -> bool:
+        """Whether MLX's own functions are as good as any: on a GPU, and where there is little to do."""
+        return self.on_gpu or x.dtype != mx.float32 or x.size < 4096
 
     def cos(self, x: Array) -> Array:
         return mx.cos(x)
@@ -188,11 +192,22 @@ class MlxOps(Ops):
         return _expert_linear(x, weight, experts)
 
     def _packed_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
-        if not self.on_gpu and 4 * prod(w.shape) <= DECODED_STACK:
-            return _expert_linear(self.wide(x), self.decoded(w), experts)
-        # The CPU sums in the type of the activations, 6 % off in bfloat16.
-        rows = (x if self.on_gpu else self.wide(x)).reshape(-1, 1, x.shape[-1])
+        if not self.on_gpu:
+            return self._decoded_experts(self.wide(x), replace(w, factor=None), experts)
+        rows = x.reshape(-1, 1, x.shape[-1])
         return mx.gather_qmm(rows, _words(w), rhs_indices=experts, sorted_indices=True, **_packed(w))[:, 0]
+
+    def _decoded_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
+        """Some outputs of all experts at a time: which experts have rows, only the host could ask."""
+        E, O, I = w.shape
+        step = max(1, DECODED // (4 * E * I))
+        parts: list[Array] = []
+        for a in range(0, O, step):
+            some = w[:, a : a + step]
+            if parts:  # evaluation is breadth first: without this edge the whole stack exists at once
+                some = replace(some, codes=self.after(some.codes, parts[-1]))
+            parts.append(_expert_linear(x, self.decoded(some), experts))
+        return mx.concatenate(parts, -1)
 
     def _factored(self, y: Array, w: Quantized, factor: Array | None) -> Array:
         if factor is None:

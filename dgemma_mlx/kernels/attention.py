@@ -177,7 +177,7 @@ def _weighed_on_cpu(ops: MlxOps, scores: Sequence[Array], pieces: Sequence[KV]) 
     Exponentials are what is slow, so there is one for each score, and the mass divides the sum of values.
     """
     top = ops.wide(reduce(mx.maximum, [mx.max(s, -1, keepdims=True) for s in scores]))
-    weights = [mx.exp(ops.wide(s) - top) for s in scores]
+    weights = [ops.exp(ops.wide(s) - top) for s in scores]
     mass = reduce(mx.add, [mx.sum(p, -1, keepdims=True) for p in weights])
     y = _sum([ops.like(p, s) for p, s in zip(weights, scores, strict=True)], pieces)
     return Weighed(ops.wide(y) / mass, top + mx.log(mass))

@@ -219,7 +219,7 @@ def _run(scale: Scale, top: Array, masses: Array, uniforms: Array) -> tuple[Arra
 
 def _shares(scale: Scale, top: Array, masses: Array) -> Array:
     """Mass [N, T·R] of each run, relative to `top` [N, 1], the largest of all."""
-    share = masses[..., 1:] * mx.exp(scale.below(masses[..., :1], top[..., None]))
+    share = masses[..., 1:] * scale.ops.exp(scale.below(masses[..., :1], top[..., None]))
     return share.reshape(len(share), -1)
 
 
@@ -260,7 +260,7 @@ def _candidates(h: Array, rows: Array) -> Array:
 
 def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
     """e [N, n] of logits of tokens `ids`, 0 for tokens that do not exist."""
-    return mx.where(ids < V, mx.exp(scale.below(scale.bend(raw), top)), 0.0)
+    return mx.where(ids < V, scale.ops.exp(scale.below(scale.bend(raw), top)), 0.0)
 
 
 def _dequantized(ops: MlxOps, record: Quantized) -> Array:
@@ -310,7 +310,7 @@ def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int
     place = mx.argmax(t, -1, keepdims=True).astype(mx.int32) + first
     top = mx.maximum(running.top, peak)
     d = scale.below(t, top)
-    e = mx.exp(d)
+    e = scale.ops.exp(d)
     sums = _by_run(e, runs)
     rise = scale.below(running.top, top)
     fade = mx.exp(rise)

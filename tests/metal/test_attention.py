@@ -326,7 +326,7 @@ def test_the_largest_temporary_of_the_released_model(
 
 @pytest.mark.parametrize("P", [8192, 16384])
 def test_memory_does_not_grow_with_the_context(P: int) -> None:
-    """Ten operations are in flight on a CPU, each with a piece's scores."""
+    """Operations are in flight on a CPU, each with a piece's scores."""
     case = Case.of(1, 8, 1, 32, P, 16)
     q, own, past, pad = case.arrays(F32)
     past = tuple(mx.contiguous(x) for x in past)
@@ -335,7 +335,7 @@ def test_memory_does_not_grow_with_the_context(P: int) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(attend_plain(ops, q, own, past, pad, False, None))
-    assert mx.get_peak_memory() - before <= 12 * ops.score_bytes  # the scores of 3,072 slots
+    assert mx.get_peak_memory() - before <= 16 * ops.score_bytes  # the scores of 4,096 slots
 
 
 # ---- what only the simulator can tell --------------------------------------------------------------

@@ -333,6 +333,31 @@ def test_mlx_never_has_all_scores_at_once():
     assert mx.get_peak_memory() - before < 0.8 * scores
 
 
+def test_mlx_on_a_cpu_never_has_a_whole_stack_decoded(monkeypatch: pytest.MonkeyPatch):
+    """26 tiles of outputs, of which a few are in memory at once: decoded, multiplied, let go."""
+    mx = pytest.importorskip("mlx.core")
+    from dgemma_mlx import ops as module
+
+    ops, (E, O, I) = module.MlxOps(), (4, 1664, 256)
+    monkeypatch.setattr(module, "DECODED", 4 * E * I * 64)
+    w = np.random.default_rng(0).standard_normal((E, O, I)).astype(np.float32)
+    record = quantize(w, MXFP4)
+    packed = record.map(lambda f: on_device(ops, f))
+    experts, x = np.array([0, 0, 1, 3]), mx.ones((4, I))
+    mx.eval(x, packed.codes, packed.scales)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    y = ops.expert_linear(x, packed, mx.array(experts))
+    mx.eval(y)
+    assert mx.get_peak_memory() - before < 0.4 * w.nbytes
+    close(
+        ops.to_numpy(y),
+        REFERENCE.dequantize(record)[experts].sum(-1),
+        1e-5,
+        "decoded experts",
+    )
+
+
 @pytest.mark.parametrize("forms", [(None, None), (NVFP4, NVFP4), (NVFP4, MXFP4), (MXFP4, None)], ids=str)
 def test_gated(any_ops: Ops, rng: np.random.Generator, forms: tuple[Form | None, Form | None]):
     """Whatever a backend makes of the matrices when they are loaded, of one form or of two."""

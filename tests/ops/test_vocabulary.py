@@ -191,7 +191,7 @@ def test_memory_numpy(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("rows", [N, N // 4])
 def test_memory_mlx(rows: int):
-    """No plane, but up to ten operations in flight, each with a tile: unchained they make up several."""
+    """No plane, but operations in flight, each with a tile, up to 24 of 32: unchained they are several."""
     mx = pytest.importorskip("mlx.core")
     from dgemma_mlx.ops import MlxOps
 
@@ -203,4 +203,4 @@ def test_memory_mlx(rows: int):
     mx.reset_peak_memory()
     said = ops.vocabulary(*arrays[:2], SOFTCAP, TEMPERATURE, arrays[2])
     mx.eval(said.argmax, said.sample, said.entropy, said.soft)
-    assert mx.get_peak_memory() - before <= 0.6 * rows * V * 4
+    assert mx.get_peak_memory() - before <= 0.8 * rows * V * 4
