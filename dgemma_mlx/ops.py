@@ -41,6 +41,8 @@ class MlxOps(Ops):
     # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist: queries
     # of a prompt and keys of a canvas go in blocks that keep them below this many bytes (as float32).
     score_bytes = 128 << 20
+    # Of a canvas over a long context, kernels weigh some blocks of keys at once: scores as they are stored.
+    scores_at_once = 192 << 20
     # There is no plane of logits, only tiles, of which a few exist at once (`kernels.vocabulary`). Wide ones
     # save launches and passes over the sums [rows, D]; six of these are the released vocabulary, each 25 MB
     # of bfloat16 at 256 rows.

@@ -3,22 +3,22 @@
 Keys and values stay where they are: each piece of them has scores of its own, and the heads of a KV head
 are the rows of one matrix. As in MLX's own attention, scores are of the compute type, the softmax is
 float32, and weights are rounded to the compute type for the product. A past of one piece is weighed
-together with the canvas; of a longer one, pieces follow each other and are merged in float32 by the
-logarithms of their masses. So no temporary grows with the context: see `slots`.
+together with the canvas. Of a longer one, equal pieces are one more axis, some at a time, and are merged in
+float32 by the logarithms of their masses. So no temporary grows with the context: see `slots`.
 
 The price: the sum over a past's last piece and the canvas is rounded once more than one product would be;
 a merge reads and writes float32 sums [B, H, L, C]; and values of padding must be finite, as a weight of
 zero is all that hides them.
 
-What a group of pieces becomes is `weighed`, with a kernel, or `weighed_plain`; all else is the same code.
+What differs with and without kernels is a `Path`; all else is the same code.
 
-    B rows of a batch  H heads  G KV heads  L queries  P cached slots  n slots of a piece  C head size
-    R rows of a KV head's matrix: H/G · L
+    B rows of a batch  H heads  G KV heads  L queries  P cached slots  N pieces  n slots of a piece
+    C head size  R rows of a KV head's matrix: H/G · L
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -41,14 +41,21 @@ THREADS = 256  # of a row of scores, at most
 
 @dataclass(frozen=True)
 class Weighed:
-    """What a group of pieces comes to: a weighted mean of its values, and how much it weighs."""
+    """What pieces come to: for each a weighted mean of its values, and how much it weighs."""
 
-    y: Array  # [B, G, R, C] of the compute type or float32
-    log_mass: Array  # [B, G, R, 1] float32: log Σ exp(score)
+    y: Array  # [B, G, N, R, C] of the compute type or float32
+    log_mass: Array  # [B, G, N, R, 1] float32: log Σ exp(score)
 
 
-# (ops, q [B, G, R, C], one or two pieces, pad, first slot of the first piece)
-Weigh = Callable[["MlxOps", Array, Sequence[KV], "Array | None", int], Weighed]
+@dataclass(frozen=True)
+class Path:
+    """With kernels or without."""
+
+    at_once: int  # bytes of scores up to which several pieces are weighed at once
+    # (ops, q [B, G, 1, R, C], N pieces [B, G, N, n, C], and with one the canvas's own; pad, first slot)
+    weigh: Callable[[MlxOps, Array, Sequence[KV], Array | None, int], Weighed]
+    # (ops, one piece for all before, the next ones) -> one piece
+    merge: Callable[[MlxOps, Weighed | None, Weighed], Weighed]
 
 
 def attend(
@@ -61,7 +68,7 @@ def attend(
     """
     if causal:
         return Ops.attend(ops, q, own, past, pad, causal, window)
-    return _attend(ops, q, own, past, pad, weighed)
+    return _attend(ops, q, own, past, pad, Path(ops.scores_at_once, weighed, merged))
 
 
 def attend_plain(
@@ -70,18 +77,21 @@ def attend_plain(
     """`attend` without a kernel."""
     if causal:
         return Ops.attend(ops, q, own, past, pad, causal, window)
-    return _attend(ops, q, own, past, pad, weighed_plain)
+    return _attend(ops, q, own, past, pad, Path(0, weighed_plain, merged_plain))
 
 
-def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, weigh: Weigh) -> Array:
+def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, path: Path) -> Array:
     B, H, L, C = q.shape
-    rows = q.reshape(B, own[0].shape[1], -1, C)  # [B, G, R, C]
+    rows = q.reshape(B, own[0].shape[1], 1, -1, C)  # [B, G, 1, R, C]
+    size = slots(B * H * L, ops.score_bytes)
+    at_once = max(1, path.at_once // (q.itemsize * B * H * L * size))
+    hidden = pad if past is not None and past[0].shape[2] else None
     total = None
-    for start, pieces in _groups(own, past, slots(B * H * L, ops.score_bytes)):
+    for start, pieces in _groups(own, past, size, at_once):
         # Evaluation is breadth first: without this edge the scores of all groups exist at once.
         x = rows if total is None else ops.after(rows, total.y)
-        new = weigh(ops, x, pieces, None if pieces[0] is own else pad, start)
-        total = new if total is None else _merged(ops, total, new)
+        new = path.weigh(ops, x, pieces, hidden, start)
+        total = path.merge(ops, total, new)
     assert total is not None
     return ops.like(total.y, q).reshape(B, H, L, C)
 
@@ -90,34 +100,40 @@ def slots(queries: int, most: int) -> int:
     """Slots of a piece, so that its scores for `queries` (B·H·L) fit `most` bytes, counted as float32.
 
     These scores are the largest temporary whatever the context: for a canvas of the released model 8 MB in
-    bfloat16 at 1,024 slots, and 67 MB at 8,192 and beyond. A CPU, which has ten operations in flight, holds
-    up to ten such arrays. The canvas's scores of itself, B·H·L² of them, are not divided.
+    bfloat16 at 1,024 slots, 67 MB at 8,192, and 201 MB where kernels weigh three pieces at once: plain MLX
+    would make a float32 copy of that. A CPU, which has ten operations in flight, holds up to ten such arrays.
+    The canvas's scores of itself, B·H·L² of them, are not divided.
     """
     return max(1, min(SLOTS, most // (4 * queries)))
 
 
-def _groups(own: KV, past: KV | None, size: int) -> list[tuple[int, list[KV]]]:
-    """What is weighed together: pieces of the past, each with its first slot; the last one with `own`."""
+def _groups(own: KV, past: KV | None, size: int, at_once: int) -> Iterator[tuple[int, list[KV]]]:
+    """What is weighed together, with its first slot: whole pieces of the past, then its rest and `own`."""
+    alone = _pieces(own, 0, own[0].shape[2], 1)
     if past is None or past[0].shape[2] == 0:
-        return [(0, [own])]
-    k, v = past
-    groups = [(a, [(k[:, :, a : a + size], v[:, :, a : a + size])]) for a in range(0, k.shape[2], size)]
-    groups[-1][1].append(own)
-    return groups
+        yield 0, [alone]
+        return
+    P = past[0].shape[2]
+    rest = (P - 1) // size * size
+    for a in range(0, rest, at_once * size):
+        b = min(a + at_once * size, rest)
+        yield a, [_pieces(past, a, b, (b - a) // size)]
+    yield rest, [_pieces(past, rest, P, 1), alone]
 
 
-def _merged(ops: MlxOps, a: Weighed, b: Weighed) -> Weighed:
-    total = mx.logaddexp(a.log_mass, b.log_mass)
-    shares = [ops.wide(x.y) * mx.exp(x.log_mass - total) for x in (a, b)]
-    return Weighed(shares[0] + shares[1], total)
+def _pieces(kv: KV, start: int, stop: int, count: int) -> KV:
+    """Slots of keys and values as `count` pieces [B, G, N, n, C]."""
+    B, G, _, C = kv[0].shape
+    k, v = (x[:, :, start:stop].reshape(B, G, count, -1, C) for x in kv)
+    return k, v
 
 
 def _scores(q: Array, pieces: Sequence[KV]) -> list[Array]:
-    return [q @ k.swapaxes(2, 3) for k, _ in pieces]
+    return [q @ k.swapaxes(-1, -2) for k, _ in pieces]
 
 
 def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
-    """Σ weights @ values over pieces."""
+    """Σ weights @ values over what has been weighed together."""
     y = weights[0] @ pieces[0][1]
     for p, (_, v) in zip(weights[1:], pieces[1:], strict=True):
         y = mx.addmm(y, p, v)
@@ -128,20 +144,21 @@ def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
 
 
 def weighed(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
-    """Scores of each piece, `softmax` over all of them, and the sum of values so weighted."""
+    """Scores of each piece, `softmax` over them, and the sum of values so weighted."""
     weights, log_mass = softmax(_scores(q, pieces), pad, start)
     return Weighed(_sum(weights, pieces), log_mass)
 
 
 def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[list[Array], Array]:
-    """Softmax over the rows of one or two pieces [B, G, R, n] as if joined, and log Σ exp [B, G, R, 1].
+    """Softmax over the rows of pieces [B, G, N, R, n], and log Σ exp [B, G, N, R, 1].
 
-    Weights are of the type of scores. Slots before `pad` [B] weigh 0, where the first piece begins at slot
-    `start`; if nothing is left of a row, so does all of it, and its log is −3e38. One launch.
+    Of a pair each has N = 1, and their rows are one as if joined. Weights are of the type of scores. Slots
+    before `pad` [B] weigh 0, where the first of the N pieces begins at slot `start`; if nothing is left of a
+    row, so does all of it, and its log is −3e38. One launch.
     """
     first, second = scores[0], scores[-1]
-    B, G, R, _ = first.shape
     pair = len(scores) == 2
+    assert not pair or first.shape[2] == 1, first.shape
     n = sum(s.shape[-1] for s in scores)
     threads = simd_groups(n, THREADS)
     *weights, log_mass = SOFTMAX(
@@ -149,9 +166,9 @@ def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[lis
         second,
         mx.array([0]) if pad is None else pad,
         mx.array(start),
-        grid=(threads, B * G * R, 1),
+        grid=(threads, first.size // first.shape[-1], 1),
         group=(threads, 1, 1),
-        shapes=(first.shape, second.shape if pair else (1,), (B, G, R, 1)),
+        shapes=(first.shape, second.shape if pair else (1,), (*first.shape[:-1], 1)),
         dtypes=(first.dtype, first.dtype, mx.float32),
         T=first.dtype,
         PAIR=pair,
@@ -188,7 +205,7 @@ def softmax_plain(
 ) -> tuple[list[Array], Array]:
     """`softmax` without a kernel; a row of which nothing is left has the log of the least number instead.
 
-    Scores are joined, so that MLX's fused softmax reads them once: no more than a piece and a canvas.
+    Scores of a pair are joined, so that MLX's fused softmax reads them once: a piece and a canvas at most.
     """
     scores = _masked(ops, scores, pad, start)
     x = scores[0] if len(scores) == 1 else ops.concat(scores, -1)
@@ -201,11 +218,48 @@ def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int)
     first, *rest = scores
     if pad is None:
         return [first, *rest]
-    n = first.shape[-1]
+    N, n = first.shape[2], first.shape[-1]
     # Seen by whoever comes next: the last column is that query's own.
-    mask = ops.visible(1, n + 1, pad - start, False, None)
+    mask = ops.visible(1, N * n + 1, pad - start, False, None)
     assert mask is not None
-    return [mx.where(mask[..., :n], first, mx.finfo(first.dtype).min), *rest]
+    mask = mask[..., :-1].reshape(-1, 1, N, 1, n)
+    return [mx.where(mask, first, mx.finfo(first.dtype).min), *rest]
+
+
+# ---- merging groups ------------------------------------------------------------------------------------
+
+
+def merged(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
+    """One piece for all before and the N new ones, y in float32; a single piece as it is. One launch."""
+    B, G, N, R, C = new.y.shape
+    if total is None and N == 1:
+        return new
+    before = total or Weighed(mx.array([0.0]), mx.array([0.0]))
+    return Weighed(
+        *MERGE(
+            before.y,
+            before.log_mass,
+            new.y,
+            new.log_mass,
+            grid=(C, R, B * G),
+            group=(min(C, THREADS), 1, 1),
+            shapes=((B, G, 1, R, C), (B, G, 1, R, 1)),
+            dtypes=(mx.float32, mx.float32),
+            BEFORE=total is not None,
+        )
+    )
+
+
+def merged_plain(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
+    """`merged` without a kernel."""
+    each = [Weighed(new.y[:, :, i : i + 1], new.log_mass[:, :, i : i + 1]) for i in range(new.y.shape[2])]
+
+    def add(a: Weighed, b: Weighed) -> Weighed:
+        mass = mx.logaddexp(a.log_mass, b.log_mass)
+        shares = [ops.wide(x.y) * mx.exp(x.log_mass - mass) for x in (a, b)]
+        return Weighed(shares[0] + shares[1], mass)
+
+    return reduce(add, each if total is None else [total, *each])
 
 
 # A thread has the scores t, t + TG, ... of its row, first those of the one piece, then the other's. What is
@@ -222,9 +276,11 @@ SOFTMAX = Kernel(
     const int t = int(thread_position_in_threadgroup.x);
     const uint lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
     const size_t row = threadgroup_position_in_grid.y;
-    const int n = first_shape[3], m = PAIR ? second_shape[3] : 0;
-    const size_t batch = row / (size_t(first_shape[1]) * first_shape[2]);
-    const int hidden = PADDED ? static_cast<int>(pad[batch]) - start : 0;
+    const int n = first_shape[4], m = PAIR ? second_shape[4] : 0;
+    const size_t piece = row / first_shape[3];
+    const size_t batch = piece / (size_t(first_shape[1]) * first_shape[2]);
+    const int begin = start + int(piece % first_shape[2]) * n;
+    const int hidden = PADDED ? static_cast<int>(pad[batch]) - begin : 0;
     float v[HELD];
     float top = LOWEST;
     for (int i = 0; i < HELD; i++) {
@@ -254,5 +310,33 @@ SOFTMAX = Kernel(
         if (PAIR && at >= n && at < n + m) p_second[row * m + at - n] = static_cast<T>(v[i] * share);
     }
     if (t == 0) log_mass[row] = mass == 0.0f ? LOWEST : top + metal::precise::log(mass);
+""",
+)
+
+# A thread has a column of a row. Where all weigh nothing their means are 0, and so is what comes of them.
+MERGE = Kernel(
+    name="attention_merge",
+    inputs=("before", "log_before", "y", "log_mass"),
+    outputs=("out", "log_out"),
+    source="""
+    const int N = y_shape[2], R = y_shape[3], C = y_shape[4];
+    const int c = int(thread_position_in_grid.x);
+    const size_t bg = thread_position_in_grid.z, r = thread_position_in_grid.y;
+    const size_t row = bg * R + r;
+    float top = BEFORE ? log_before[row] : -INFINITY;
+    for (int i = 0; i < N; i++) top = metal::max(top, log_mass[(bg * N + i) * R + r]);
+    float mass = 0.0f, sum = 0.0f;
+    if (BEFORE) {
+        mass = metal::precise::exp(log_before[row] - top);
+        sum = mass * before[row * C + c];
+    }
+    for (int i = 0; i < N; i++) {
+        const size_t at = (bg * N + i) * R + r;
+        const float share = metal::precise::exp(log_mass[at] - top);
+        mass += share;
+        sum += share * static_cast<float>(y[at * C + c]);
+    }
+    out[row * C + c] = sum / mass;
+    if (c == 0) log_out[row] = top + metal::precise::log(mass);
 """,
 )

@@ -13,7 +13,17 @@ import pytest
 from dgemma.ops import Ops
 from dgemma_mlx import simulator
 from dgemma_mlx.kernels import attention
-from dgemma_mlx.kernels.attention import attend, attend_plain, slots, softmax, softmax_plain
+from dgemma_mlx.kernels.attention import (
+    Path,
+    Weighed,
+    attend,
+    attend_plain,
+    merged,
+    merged_plain,
+    slots,
+    softmax,
+    softmax_plain,
+)
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
 
@@ -103,18 +113,19 @@ def backend(most: int | None = None) -> MlxOps:
     return ops
 
 
-def pieces_of(case: Case, n: int) -> MlxOps:
-    """MLX whose pieces have n slots."""
+def pieces_of(case: Case, n: int, at_once: int = 1) -> MlxOps:
+    """MLX whose pieces have n slots; at most `at_once` of them are weighed at once, in float32."""
     B, H, L, _ = case.q.shape
     ops = backend(4 * B * H * L * n)
+    ops.scores_at_once = at_once * ops.score_bytes
     assert slots(B * H * L, ops.score_bytes) == n
     return ops
 
 
-def check(run: Any, case: Case, dtype: mx.Dtype = F32, n: int = 1024) -> np.ndarray:
+def check(run: Any, case: Case, dtype: mx.Dtype = F32, n: int = 1024, at_once: int = 1) -> np.ndarray:
     case = case.rounded(dtype)
     q, own, past, pad = case.arrays(dtype)
-    y = run(pieces_of(case, n), q, own, past, pad, False, 5)
+    y = run(pieces_of(case, n, at_once), q, own, past, pad, False, 5)
     assert y.dtype == dtype and y.shape == q.shape
     # A rounded score moves its weight by the score's error, and the sum of weights by as much; then weights
     # are rounded, the sum over a piece, and the output.
@@ -135,9 +146,9 @@ def test_groups_of_heads_and_odd_sizes(run: Any, B: int, L: int, P: int, C: int,
 
 @both
 @formats
-@pytest.mark.parametrize("n", [1024, 9])
-def test_formats(run: Any, dtype: mx.Dtype, n: int) -> None:
-    check(run, Case.of(2, 4, 2, 11, 45, 32, pad=(0, 17)), dtype, n)
+@pytest.mark.parametrize(("n", "at_once"), [(1024, 1), (9, 1), (9, 2)])
+def test_formats(run: Any, dtype: mx.Dtype, n: int, at_once: int) -> None:
+    check(run, Case.of(2, 4, 2, 11, 45, 32, pad=(0, 17)), dtype, n, at_once)
 
 
 @both
@@ -150,10 +161,11 @@ def test_a_canvas_alone(run: Any, P: int | None) -> None:
 
 @both
 @pytest.mark.parametrize("n", [1, 7, 10, 20, 29, 30, 31])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
 @pytest.mark.parametrize("pad", [None, (0, 3), (30, 29), (17, -5), (10, 9)], ids=str)
-def test_pieces_and_padding(run: Any, pad: tuple[int, ...] | None, n: int) -> None:
-    """Even and uneven pieces of 30 slots; padding ends within one, at an edge, behind all."""
-    check(run, Case.of(2, 2, 1, 5, 30, 8, pad), n=n)
+def test_pieces_and_padding(run: Any, pad: tuple[int, ...] | None, at_once: int, n: int) -> None:
+    """Even and uneven pieces of 30 slots and groups of them; padding ends within, at an edge, behind all."""
+    check(run, Case.of(2, 2, 1, 5, 30, 8, pad), n=n, at_once=at_once)
 
 
 @both
@@ -174,7 +186,7 @@ def test_large_scores(run: Any, size: float) -> None:
 @pytest.mark.parametrize(("C", "H", "G", "P"), [(256, 4, 2, 1023), (512, 8, 1, 1024), (512, 8, 1, 2500)])
 def test_the_released_heads(run: Any, C: int, H: int, G: int, P: int) -> None:
     """Windows of one piece, a context of one, and one of three."""
-    check(run, Case.of(1, H, G, 16, P, C), BF16)
+    check(run, Case.of(1, H, G, 16, P, C), BF16, at_once=2)
 
 
 @both
@@ -224,7 +236,7 @@ def test_compiled(run: Any) -> None:
         pytest.skip("the simulator launches at once, and a traced array has no values")
     case = Case.of(2, 4, 2, 5, 30, 16, pad=(3, 11))
     q, own, past, pad = case.arrays(F32)
-    ops = pieces_of(case, 8)
+    ops = pieces_of(case, 8, 2)
 
     def call(q: Any, own: Any, past: Any, pad: Any) -> mx.array:
         return run(ops, q, own, past, pad, False, None)
@@ -235,9 +247,10 @@ def test_compiled(run: Any) -> None:
 # ---- softmax ---------------------------------------------------------------------------------------
 
 
-def scores(B: int, G: int, R: int, sizes: Sequence[int], dtype: mx.Dtype, seed: int = 0) -> list[mx.array]:
-    rng = np.random.default_rng(seed)
-    return [mx.array((4 * rng.standard_normal((B, G, R, n))).astype(np.float32)).astype(dtype) for n in sizes]
+def scores(B: int, G: int, R: int, sizes: Sequence[int], dtype: mx.Dtype, N: int = 1) -> list[mx.array]:
+    rng = np.random.default_rng(0)
+    some = [4 * rng.standard_normal((B, G, N, R, n)) for n in sizes]
+    return [mx.array(x.astype(np.float32)).astype(dtype) for x in some]
 
 
 def exact(pieces: Sequence[mx.array], hidden: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +259,7 @@ def exact(pieces: Sequence[mx.array], hidden: np.ndarray | None) -> tuple[np.nda
     if hidden is not None:
         slot = np.arange(x.shape[-1])
         mask = (slot < hidden[:, None]) & (slot < pieces[0].shape[-1])
-        x = np.where(mask[:, None, None], -np.inf, x)
+        x = np.where(mask[:, None, None, None], -np.inf, x)
     top = x.max(-1, keepdims=True)
     e = np.exp(x - top)
     mass = e.sum(-1, keepdims=True)
@@ -279,6 +292,19 @@ def test_softmax(sizes: tuple[int, ...], dtype: mx.Dtype, hidden: tuple[int, ...
     close(host(log_mass), log_expected, 1e-6, "twin's log mass")
 
 
+def test_softmax_of_several_pieces() -> None:
+    """Each as it is alone, with the slots that it begins at; padding ends within one and at an edge."""
+    N, n, start = 3, 40, 7
+    (pieces,) = scores(2, 2, 3, (n,), F32, N)
+    pad = mx.array([start + n + 5, start + n])
+    for run in (softmax, lambda *args: softmax_plain(backend(), *args)):
+        (weights,), log_mass = run([pieces], pad, start)
+        for i in range(1, N):
+            (alone,), log_alone = run([pieces[:, :, i : i + 1]], pad, start + i * n)
+            np.testing.assert_array_equal(host(weights[:, :, i : i + 1]), host(alone))
+            np.testing.assert_array_equal(host(log_mass[:, :, i : i + 1]), host(log_alone))
+
+
 @formats
 def test_a_row_without_a_slot_weighs_nothing(dtype: mx.Dtype) -> None:
     """All of a piece is padding: weights are 0, and what another piece weighs is all there is."""
@@ -291,37 +317,79 @@ def test_a_row_without_a_slot_weighs_nothing(dtype: mx.Dtype) -> None:
 def test_a_hidden_score_is_not_read() -> None:
     pieces = scores(2, 1, 3, (40, 9), F32)
     clean = softmax(pieces, mx.array([3, 40]), 0)
-    pieces[0][0, :, :, :3], pieces[0][1] = np.nan, np.inf
+    pieces[0][0, ..., :3], pieces[0][1] = np.nan, np.inf
     dirty = softmax(pieces, mx.array([3, 40]), 0)
     for a, b in zip([*clean[0], clean[1]], [*dirty[0], dirty[1]], strict=True):
         np.testing.assert_array_equal(host(a), host(b))
 
 
+# ---- merging ---------------------------------------------------------------------------------------
+
+
+def weighed_rows(N: int, dtype: mx.Dtype, C: int = 20) -> Weighed:
+    """Means of 2 × 2 × N × 5 rows, of which the last weighs nothing and the one before is all there is."""
+    rng = np.random.default_rng(N)
+    y, log_mass = rng.standard_normal((2, 2, N, 5, C)), 3 * rng.standard_normal((2, 2, N, 5, 1))
+    log_mass[:, :, :, 4], y[:, :, :, 4], log_mass[:, :, 1:, 3] = -3e38, 0, -3e38
+    return Weighed(mx.array(y.astype(np.float32)).astype(dtype), mx.array(log_mass.astype(np.float32)))
+
+
+@formats
+@pytest.mark.parametrize("N", [1, 3])
+@pytest.mark.parametrize("before", [False, True])
+def test_merge(dtype: mx.Dtype, N: int, before: bool) -> None:
+    new, total = weighed_rows(N, dtype), weighed_rows(1, F32) if before else None
+    each = [new] if total is None else [total, new]
+    y, logs = (np.concatenate([host(getattr(w, name)) for w in each], 2) for name in ("y", "log_mass"))
+    top = logs.max(2, keepdims=True)
+    mass = np.exp(logs - top).sum(2, keepdims=True)
+    expected = (y * np.exp(logs - top) / mass).sum(2, keepdims=True)
+    for run in (merged, merged_plain):
+        out = run(backend(), total, new)
+        close(host(out.y), expected, 1e-6, run.__name__)
+        close(host(out.log_mass)[..., :4, :], (top + np.log(mass))[..., :4, :], 1e-6, "log")
+        assert (host(out.log_mass)[..., 4, :] < -1e38).all()
+
+
+def test_a_merge_keeps_nan_to_its_row() -> None:
+    new, total = weighed_rows(2, F32), weighed_rows(1, F32)
+    for spoiled in (new.y, new.log_mass, total.y, total.log_mass):
+        clean = host(merged(backend(), total, new).y)
+        kept = spoiled[1, 0, 0, 2]
+        spoiled[1, 0, 0, 2] = np.nan
+        dirty = host(merged(backend(), total, new).y)
+        assert np.isnan(dirty[1, 0, 0, 2]).all()
+        dirty[1, 0, 0, 2] = clean[1, 0, 0, 2]
+        np.testing.assert_array_equal(dirty, clean)
+        spoiled[1, 0, 0, 2] = kept
+
+
 # ---- temporaries -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("P", "most"), [(1023, 64 << 20), (1024, 64 << 20), (1 << 17, 256 << 20)])
+@formats
+@pytest.mark.parametrize(("P", "most"), [(1023, 64 << 20), (1024, 64 << 20), (1 << 17, 256_000_000)])
 @pytest.mark.parametrize("B", [1, 4])
-def test_the_largest_temporary_of_the_released_model(
-    monkeypatch: pytest.MonkeyPatch, B: int, P: int, most: int
-) -> None:
-    """By the shapes that are weighed: 16 heads, a canvas of 256, in float32. Nothing is computed."""
+def test_the_largest_temporary_of_the_released_model(dtype: mx.Dtype, B: int, P: int, most: int) -> None:
+    """By the shapes that are weighed: 16 heads and a canvas of 256. Nothing is computed."""
     H, L = 16, 256
-    q = mx.zeros((B, H, L, 512))
-    own, past = [(mx.zeros((B, 2, n, 512)),) * 2 for n in (L, P)]
+    q = mx.zeros((B, H, L, 512), dtype)
+    own, past = [(mx.zeros((B, 2, n, 512), dtype),) * 2 for n in (L, P)]
     seen: list[int] = []
 
-    def weigh(ops: Any, x: mx.array, pieces: Any, pad: Any, start: int) -> attention.Weighed:
-        assert start == sum(seen) and x.shape == (B, 2, H // 2 * L, 512)
-        seen.append(pieces[0][0].shape[2])
-        assert all(4 * x.size // 512 * k.shape[2] <= most for k, _ in pieces)
-        return attention.Weighed(x, x[..., :1])
+    def weigh(ops: Any, x: mx.array, pieces: Any, pad: Any, start: int) -> Weighed:
+        assert start == sum(seen) and x.shape == (B, 2, 1, H // 2 * L, 512)
+        (_, _, N, n, _) = pieces[0][0].shape
+        seen.append(N * n)
+        assert all(dtype.size * x.size // 512 * k.shape[2] * k.shape[3] <= most for k, _ in pieces)
+        return Weighed(x, x[..., :1])
 
-    monkeypatch.setattr(attention, "weighed", weigh)
-    ops = backend()
+    ops = MlxOps(F32, frozenset())
     ops.score_bytes = MlxOps.score_bytes  # as on a GPU
-    attend(ops, q, own, past, None, False, None)
-    assert sum(seen) == P and len(seen) == -(-P // (8192 // B))
+    attention._attend(ops, q, own, past, None, Path(ops.scores_at_once, weigh, lambda ops, total, new: new))
+    assert sum(seen) == P
+    if P > 1024 and B == 1:  # three pieces at once of 16, the last one with the canvas
+        assert len(seen) == (6 if dtype.size == 2 else 16)
 
 
 @pytest.mark.parametrize("P", [8192, 16384])
@@ -340,13 +408,29 @@ def test_memory_does_not_grow_with_the_context(P: int) -> None:
 
 # ---- what only the simulator can tell --------------------------------------------------------------
 
-LAUNCHES = {"a pair": (33, 7), "one piece": (40,), "more than a simdgroup": (290, 20)}
-named = pytest.mark.parametrize("name", LAUNCHES)
+PAD = [3, 50]
+LAUNCHES = {  # sizes of what is weighed together, and how many pieces of the first
+    "a pair": ((33, 7), 1),
+    "one piece": ((40,), 1),
+    "three pieces": ((40,), 3),
+    "more than a simdgroup": ((290, 20), 1),
+}
+named = pytest.mark.parametrize("name", [*LAUNCHES, "merge"])
+
+
+def outputs(name: str, dtype: mx.Dtype = BF16) -> list[mx.array]:
+    """Of one launch."""
+    if name == "merge":
+        out = merged(backend(), weighed_rows(1, F32), weighed_rows(3, dtype))
+        return [out.y, out.log_mass]
+    sizes, N = LAUNCHES[name]
+    weights, log_mass = softmax(scores(2, 2, 2, sizes, dtype, N), mx.array(PAD), 0)
+    return [*weights, log_mass]
 
 
 def launched(name: str, dtype: mx.Dtype = BF16) -> simulator.Call:
     with simulator.recording() as calls:
-        softmax(scores(2, 2, 2, LAUNCHES[name], dtype), mx.array([3, 20]), 0)
+        outputs(name, dtype)
     (call,) = calls
     return call
 
@@ -356,8 +440,7 @@ def test_the_order_of_lanes_makes_no_difference(simulated: None, name: str) -> N
     found = []
     for order in ORDERS:
         with simulator.installed(order=order):
-            weights, log_mass = softmax(scores(2, 2, 2, LAUNCHES[name], F32), mx.array([3, 20]), 0)
-            found.append([host(x) for x in (*weights, log_mass)])
+            found.append([host(x) for x in outputs(name, F32)])
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -373,7 +456,10 @@ def test_types_of_the_smallest_inputs(simulated: None) -> None:
     """Inputs of fewer than 8 values are in another address space."""
     with simulator.recording() as calls:
         softmax(scores(1, 1, 1, (3, 2), F32), None, 0)
-    assert not simulator.typecheck(calls[0])
+        one = Weighed(mx.ones((1, 1, 2, 1, 3)), mx.ones((1, 1, 2, 1, 1)))
+        merged(backend(), None, one)
+        merged(backend(), Weighed(one.y[:, :, :1], one.log_mass[:, :, :1]), one)
+    assert [simulator.typecheck(call) for call in calls] == [[]] * 3
 
 
 @named
@@ -383,13 +469,15 @@ def test_sanitizers(simulated: None, name: str, sanitizer: str) -> None:
 
 
 def test_one_launch_a_group(simulated: None) -> None:
-    """And eight scores a thread at most, of the released geometry."""
+    """And another for its merge, but where it is alone; eight scores a thread at most, as released."""
     case = Case.of(1, 2, 1, 3, 30, 8, pad=(4,))
-    for n, launches in ((1024, 1), (30, 1), (10, 3), (7, 5)):
+    for n, at_once, groups in ((1024, 1, 1), (30, 1, 1), (10, 1, 3), (10, 2, 2), (7, 1, 5), (7, 3, 3)):
         q, own, past, pad = case.arrays(F32)
         with simulator.recording() as calls:
-            attend(pieces_of(case, n), q, own, past, pad, False, None)
-        assert [call.kernel.name for call in calls] == ["dgemma_attention_softmax"] * launches
+            attend(pieces_of(case, n, at_once), q, own, past, pad, False, None)
+        names = [call.kernel.name for call in calls]
+        assert names.count("dgemma_attention_softmax") == groups, (n, at_once)
+        assert len(names) == groups + (groups if at_once > 1 else groups - 1), (n, at_once)
     with simulator.recording() as calls:
         softmax(scores(1, 1, 2, (1024, 256), BF16), None, 0)
     assert dict(calls[0].template)["HELD"] == 5 and calls[0].threadgroup == (256, 1, 1)
