@@ -25,7 +25,7 @@ from dgemma.quantized import Quantized
 
 from .cache import BucketCache
 from .graphs import Graphed, Places, Replay, record_cuda
-from .kernels import attention, linear, moe, vocabulary
+from .kernels import attention, compiling, linear, moe, vocabulary
 from .kernels.launch import supported
 from .kernels.layout import Tiled, fits, untile
 from .staging import Staging
@@ -194,6 +194,9 @@ class CudaOps(Ops):
         with self.waiting("recording a denoising step; once for each size of batch and context"):
             return record_cuda(run)
 
+    def progress(self) -> str:
+        return f", {compiling.made} kernels compiled" if compiling.made else ""
+
     @cached_property
     def kernels(self) -> bool:
         """Whether our kernels run: on a GPU that has them, in bfloat16."""
@@ -201,6 +204,8 @@ class CudaOps(Ops):
             return False
         if reason := supported(self.device):
             print(f"dgemma: {reason}; PyTorch's own operations run instead, slower", file=sys.stderr)
+        else:
+            compiling.watch()
         return reason is None
 
     def arrange(self, record: Quantized, name: str) -> Quantized | Tiled:

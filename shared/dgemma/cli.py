@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PATIENCE = 1.0  # seconds that work may take before anything is said about it
+AGAIN = 10.0  # and until it is said how far it has come
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def generate(
     console = _console()
     with _progress(console, "loading weights") as progress:
         loaded = _load(model, backend, dtype, device, progress)
-    loaded.ops.waiting = partial(_notice, console)
+    loaded.ops.waiting = partial(_notice, console, loaded.ops.progress)
     events = loaded.generate(conversations, tools=functions, thinking=thinking, seed=seed, **settings)
     sampler = loaded.generation.override(**settings)
     replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
@@ -416,16 +417,29 @@ def _progress(console: Console, label: str, in_bytes: bool = False) -> Iterator[
 
 
 @contextmanager
-def _notice(console: Console, what: str) -> Iterator[None]:
-    """A line on a terminal once the work has taken a second; from a thread, as the work is a single call."""
-    later = threading.Timer(PATIENCE, console.print, (f"dgemma: {what} …",))
-    later.daemon = True
+def _notice(console: Console, progress: Callable[[], str], what: str) -> Iterator[None]:
+    """A line on a terminal once the work has taken a second, then how far it is every ten.
+
+    From a thread, as the work is a single call; and no bar, as a live canvas may be on the screen already.
+    """
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        if over.wait(PATIENCE):
+            return
+        console.print(f"dgemma: {what} …")
+        while not over.wait(AGAIN):
+            console.print(f"dgemma: … {time.monotonic() - began:.0f} s{progress()}", highlight=False)
+
+    teller = threading.Thread(target=tell, daemon=True)
     if console.is_terminal:
-        later.start()
+        teller.start()
     try:
         yield
     finally:
-        later.cancel()
+        over.set()
+        if console.is_terminal:
+            teller.join()
 
 
 # ---- generate: output ---------------------------------------------------------------------------

@@ -93,6 +93,10 @@ class Ops:
     # end that wants to say so replaces it; see `dgemma.cli`.
     waiting: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
+    def progress(self) -> str:
+        """What there is to say of such work while it goes on, after a comma; nothing by default."""
+        return ""
+
     # ---- primitives -----------------------------------------------------------------------------
 
     def asarray(self, x: np.ndarray) -> Array:

@@ -1,6 +1,7 @@
 """What a user sees while kernels are compiled and steps recorded, with a recorder that is only slow."""
 
 import io
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from tests.cuda.test_graphs import record_here
 torch = pytest.importorskip("torch")
 
 from dgemma_cuda.graphs import Graphed  # noqa: E402
+from dgemma_cuda.kernels import compiling  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 
 
@@ -42,6 +44,22 @@ def test_slow_first_calls_are_announced(monkeypatch: pytest.MonkeyPatch) -> None
     for n in (3, 3, 4):
         step(torch.ones(n))
     assert said[2:] == ["recording", "done"] * 2
+
+
+def test_kernels_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's hook, and whatever had hooked in before is still told."""
+    knobs = pytest.importorskip("triton.knobs")
+    told: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: told.append(event["key"]))
+    monkeypatch.setattr(compiling, "made", 0)
+    compiling.watch.cache_clear()
+    for _ in range(2):
+        compiling.watch()
+    for key in "ab":
+        knobs.runtime.jit_post_compile_hook(key=key)
+    assert (compiling.made, told) == (2, ["a", "b"])
+    assert CudaOps().progress() == ", 2 kernels compiled"
+    compiling.watch.cache_clear()
 
 
 class SlowOps(CudaOps):
@@ -71,12 +89,17 @@ def test_a_slow_recording_is_shown_on_a_terminal(
 
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     monkeypatch.setattr("dgemma_cuda.ops.record_cuda", slow)
-    monkeypatch.setattr(cli, "PATIENCE", 0.1)
+    monkeypatch.setattr(cli, "PATIENCE", 0.1 if seconds else 60)
+    monkeypatch.setattr(cli, "AGAIN", 0.02)
+    monkeypatch.setattr(compiling, "made", 7)
     monkeypatch.setattr(cli, "_console", lambda: console)
     monkeypatch.setattr(cli, "_load", load)
     with pytest.raises(SystemExit):
         cli.main(["generate", "--prompt", 'Reverse "canvas".', "--seed", "1", "--steps", "3", live])
-    shown = console.file.getvalue().count("dgemma: recording a denoising step")  # type: ignore[attr-defined]
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
     # One without self-conditioning and one with it.
-    assert shown == (2 if seconds and terminal else 0)
+    assert shown.count("dgemma: recording a denoising step") == (2 if seconds and terminal else 0)
+    assert (re.search(r"dgemma: … \d+ s, 7 kernels compiled", shown) is not None) == bool(
+        seconds and terminal
+    )
     assert "dgemma:" not in capsys.readouterr().out
