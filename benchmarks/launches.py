@@ -895,7 +895,7 @@ def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:
         return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
 
     with mock.patch.object(mx, "eval"):
-        return build(config, table, leaf, constants(config, ops), ops.mlp_weights)
+        return build(config, table, leaf, constants(config, ops), ops)
 
 
 def blank_record(shape: Shape, form: Form, dtype: mx.Dtype) -> Quantized:

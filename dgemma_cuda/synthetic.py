@@ -61,7 +61,7 @@ def random_weights(
             return ops.arrange(random_record(ops, param, form, generator), str(param.path[-1]))
         return _array(ops, param, skew, generator)
 
-    return build(config, text_parameters(config), leaf, constants(config, ops))
+    return build(config, text_parameters(config), leaf, constants(config, ops), ops)
 
 
 def _normal(ops: CudaOps, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -170,7 +170,7 @@ class Trainer:
             w = self.params[p.name]
             return w if p.group == "router" else self.ops.compute(w)
 
-        return build(self.config, self.table, leaf, constants)
+        return build(self.config, self.table, leaf, constants, self.ops)
 
     def _loss(self, batch: Batch, noisy: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
         """Cross-entropy over canvas positions, each row's mean; the first half of the rows is conditioned."""

@@ -24,7 +24,7 @@ import numpy as np
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Guess, Ops, Stored
 from dgemma.quantized import MXFP8, Quantized
-from dgemma.weights import MlpWeights
+from dgemma.weights import AttentionWeights, BiasWeights, MlpWeights
 
 from . import elementary, simulator, verdict
 from .kernels import attention, moe, norms, plan, vocabulary
@@ -252,6 +252,14 @@ class MlxOps(Ops):
         stacked = _stacked(gate, up)
         return MlpWeights(gate, up, down) if stacked is None else MlpWeights(stacked, None, down)
 
+    def attention_weights(self, w: AttentionWeights, biased: bool) -> AttentionWeights:
+        """q, k and v become one matrix where they are of one form, without biases: one product."""
+        parts = [w.q, w.k] if w.v is None else [w.q, w.k, w.v]
+        stacked = None if biased else _stacked(*parts)
+        if stacked is None:
+            return w
+        return replace(w, q=stacked, k=None, v=None, rows=tuple(part.shape[0] for part in parts))
+
     def gated(self, x: Array, gate: Array, up: Array) -> Array:
         if up is not None:
             return super().gated(x, gate, up)
@@ -313,9 +321,34 @@ class MlxOps(Ops):
         run = norms.join_branches if "join_branches" in self.kernels else super().join_branches
         return run(h, m, e, post_mlp, post_experts, post, scalar, eps)
 
-    def heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
-        run = norms.heads if "heads" in self.kernels else super().heads
-        return run(y, size, weight, eps, rotary)
+    def heads(
+        self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
+    ) -> tuple[Array, Array, Array]:
+        if "heads" not in self.kernels:
+            return super().heads(x, w, bias, eps, rotary)
+        if w.rows:
+            y, rows = self.linear(x, w.q), w.rows
+        else:
+            q, k, v = self.project(x, w, bias)
+            parts = [q, k] if v is k else [q, k, v]
+            y, rows = self.concat(parts, -1), tuple(part.shape[-1] for part in parts)
+        return norms.heads(y, rows, w.q_norm, w.k_norm, eps, rotary)
+
+    def keys_values(
+        self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
+    ) -> tuple[Array, Array]:
+        """By the definition on matrices apart: of lazy products, that of q is never made."""
+        if w.rows:
+            Q, K, *_ = w.rows
+            w = replace(w, q=w.q[:Q], k=w.q[Q : Q + K], v=w.q[Q + K :] if len(w.rows) > 2 else None, rows=())
+        return super().heads(x, w, bias, eps, rotary)[1:]
+
+    def project(self, x: Array, w: AttentionWeights, bias: BiasWeights) -> tuple[Array, Array, Array]:
+        if not w.rows:
+            return super().project(x, w, bias)
+        y, (Q, K, *_) = self.linear(x, w.q), w.rows
+        # On full layers the last columns are K's, and V is made of them.
+        return y[..., :Q], y[..., Q : Q + K], y[..., -K:]
 
     def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
         if "router" not in self.kernels:
@@ -400,26 +433,27 @@ def _packed(w: Quantized, transpose: bool = True) -> dict[str, Any]:
     }
 
 
-def _stacked(a: Array, b: Array) -> Array | None:
-    """Matrix `a` above matrix `b`, in memory of its own; None where their forms differ."""
-    if not isinstance(a, Quantized) or not isinstance(b, Quantized):
-        if isinstance(a, Quantized) or isinstance(b, Quantized):
-            return None
-        y = mx.concatenate([a, b], 0)
-        mx.eval(y)  # or both would wait in memory for it
-        return y
-    a, b = _with_rows(a), _with_rows(b)
-    if a.form != b.form or a.divides != b.divides or (a.factor is None) != (b.factor is None):
+def _stacked(*parts: Array) -> Array | None:
+    """Matrices one above the other, in memory of their own; None where their forms differ."""
+    if len({_form(part) for part in parts}) > 1:
         return None
-    below = iter([x for x in (b.codes, b.scales, b.biases, b.factor) if x is not None])
-    y = a.map(lambda x: mx.concatenate([x, next(below)], 0))
-    y.map(mx.eval)
-    return y
+    whole = [mx.concatenate(list(field), 0) for field in zip(*map(_fields, parts), strict=True)]
+    mx.eval(whole)  # or all parts would wait in memory for it
+    fields = iter(whole)
+    return parts[0].map(lambda _: next(fields)) if isinstance(parts[0], Quantized) else whole[0]
 
 
-def _with_rows(w: Quantized) -> Quantized:
-    """A record whose factor, if it has one, is one a row."""
-    return w if w.factor is None else replace(w, factor=mx.broadcast_to(w.factor, w.shape[:1]))
+def _form(w: Array) -> tuple[Any, ...] | None:
+    """What matrices have in common that can be stacked."""
+    return (w.form, w.divides, w.factor is None) if isinstance(w, Quantized) else None
+
+
+def _fields(w: Array) -> list[Array]:
+    """What a matrix is made of, rows first: of a record its fields, with a factor for each row."""
+    if not isinstance(w, Quantized):
+        return [w]
+    factor = None if w.factor is None else mx.broadcast_to(w.factor, w.shape[:1])
+    return [x for x in (w.codes, w.scales, w.biases, factor) if x is not None]
 
 
 def _expert_linear(x: Array, weight: Array, experts: Array) -> Array:

@@ -20,9 +20,10 @@ from dgemma.config import Config, LayerConfig, load_json, read_config
 from dgemma.quantized import Form, Quantized, affine
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
-from dgemma.weights import rope_frequencies
+from dgemma.weights import AttentionWeights, BiasWeights, rope_frequencies
 
 from . import simulator, verdict
+from .kernels import attention
 from .ops import MlxOps
 
 # Largest difference over the largest value: a few roundings of the format.
@@ -93,8 +94,8 @@ def cases(data: Data) -> Iterator[Case]:
     yield from _norms(data)
     for kind in dict.fromkeys(layer.kind for layer in data.config.layers):
         layer = next(layer for layer in data.config.layers if layer.kind == kind)
-        yield from _heads(data, layer)
-        yield _attention(data, layer)
+        yield _heads(data, layer)
+        yield from _attention(data, layer)
     yield from _experts(data)
     yield from _vocabulary(data)
 
@@ -114,23 +115,35 @@ def _norms(data: Data) -> Iterator[Case]:
     )
 
 
-def _heads(data: Data, layer: LayerConfig) -> Iterator[Case]:
-    config, C = data.config, layer.head_dim
-    y, w = data.normal(1, config.canvas_length, config.heads * C), data.normal(C)
-    frequencies = data.ops.aswide(rope_frequencies(layer))
+def _heads(data: Data, layer: LayerConfig) -> Case:
+    """Of a narrow stream, or their products would take most of the time."""
+    config, C, H, G, D = data.config, layer.head_dim, data.config.heads, layer.kv_heads, 32
+    q, k, v = (data.normal(heads * C, D, scale=D**-0.5) for heads in (H, G, G))
+    w = AttentionWeights(q, k, None, data.normal(C), data.normal(C), None if layer.shares_kv else v)
+    w = data.ops.attention_weights(w, biased=False)
     offset = data.ops.asarray(np.array([data.context]))
-    rotary = data.ops.rotary(offset, config.canvas_length, frequencies)
-    yield Case("heads", f"heads of {C}", lambda ops: ops.heads(y, C, w, config.rms_eps, rotary))
-    yield Case("heads", f"heads of {C}, still", lambda ops: ops.heads(y, C, None, config.rms_eps, None))
+    rotary = data.ops.rotary(offset, config.canvas_length, data.ops.aswide(rope_frequencies(layer)))
+    x = data.normal(1, config.canvas_length, D)
+    return Case("heads", f"heads of {C}", lambda ops: ops.heads(x, w, BiasWeights(), config.rms_eps, rotary))
 
 
-def _attention(data: Data, layer: LayerConfig) -> Case:
-    config, C, G = data.config, layer.head_dim, layer.kv_heads
-    L, S = config.canvas_length, min(data.context, layer.window - 1) if layer.window else data.context
-    q = data.normal(1, config.heads, L, C, scale=C**-0.5)
+def _attention(data: Data, layer: LayerConfig) -> Iterator[Case]:
+    """Over the context; without a window also over two pieces and a slot, which are merged."""
+    if layer.window:
+        yield _canvas(data, layer, min(data.context, layer.window - 1))
+    else:
+        yield _canvas(data, layer, data.context)
+        scores = data.config.heads * data.config.canvas_length
+        yield _canvas(data, layer, 2 * attention.slots(scores, data.ops.score_bytes) + 1)
+
+
+def _canvas(data: Data, layer: LayerConfig, S: int) -> Case:
+    C, G, L = layer.head_dim, layer.kv_heads, data.config.canvas_length
+    q = data.normal(1, data.config.heads, L, C, scale=C**-0.5)
     own, past = [(data.normal(1, G, n, C), data.normal(1, G, n, C)) for n in (L, S)]
     pad = data.ops.asarray(np.array([3]))
-    return Case("attend", f"heads of {C}", lambda ops: ops.attend(q, own, past, pad, False, layer.window))
+    what = f"heads of {C}, {S:,} slots"
+    return Case("attend", what, lambda ops: ops.attend(q, own, past, pad, False, layer.window))
 
 
 def _experts(data: Data) -> Iterator[Case]:

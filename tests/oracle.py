@@ -262,7 +262,7 @@ def our_model(ops: Ops, source: Oracle, config: Config | None = None, **generati
         "embed_scale": ops.rounded(config.hidden_size**0.5),
         "frequencies": {layer.kind: ops.aswide(weights.rope_frequencies(layer)) for layer in config.layers},
     }
-    tree = weights.build(config, spec.text_parameters(config), leaf, constants)
+    tree = weights.build(config, spec.text_parameters(config), leaf, constants, ops)
     return Model(ops, config, replace(GENERATION, **generation), tree, None)
 
 

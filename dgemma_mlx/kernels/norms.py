@@ -1,11 +1,11 @@
 """Norms and what stands next to them, each in one launch: replaces the composites of `Ops` of the same names.
 
-A row is read once and stays in registers: a threadgroup has a row of D, a simdgroup a head. Everything
-inside is float32 and each output is rounded once; of bfloat16, MLX's own operations make up to four launches
-a norm and round between them. The price: D and C are compiled in, so every size is a kernel of its own.
-The plain twins are the composites.
+Of `Ops.heads` it is what follows the products. A row is read once and stays in registers: a threadgroup has
+a row of D, a simdgroup a head. Everything inside is float32 and each output is rounded once; of bfloat16,
+MLX's own operations make up to four launches a norm and round between them. The price: D, C and the numbers
+of heads are compiled in, so every size is a kernel of its own. The plain twins are the composites.
 
-    B rows of a batch  L positions  D hidden  H heads  C head size
+    B rows of a batch  L positions  D hidden  H heads  G KV heads  C head size
 """
 
 from __future__ import annotations
@@ -74,31 +74,43 @@ def join_branches(
 
 
 def heads(
-    y: mx.array, size: int, weight: mx.array | None, eps: float, rotary: tuple[mx.array, mx.array] | None
-) -> mx.array:
-    """`Ops.heads` of y [B, L, H·C], C even -> [B, H, L, C] in y's type; `rotary` as `Ops.rotary` makes it."""
+    y: mx.array,
+    columns: tuple[int, ...],
+    q_norm: mx.array,
+    k_norm: mx.array,
+    eps: float,
+    rotary: tuple[mx.array, mx.array],
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`Ops.heads` of its products y [B, L, ·] -> q [B, H, L, C], k and v [B, G, L, C] in y's type.
+
+    They lie side by side in y, q, k and v in so many `columns`: H·C, G·C and G·C, or only two where V is
+    made of K's. Norms are [C], C even; `rotary` is as `Ops.rotary` makes it.
+    """
     B, L, width = y.shape
-    H = width // size
-    assert size % 2 == 0 and width == H * size, (y.shape, size)
-    cosines, sines = (_absent(), _absent()) if rotary is None else rotary
-    assert rotary is None or cosines.shape == sines.shape == (B, 1, L, size // 2), (y.shape, cosines.shape)
-    threads = 32 * B * L * H
-    (out,) = HEADS(
+    C = q_norm.shape[0]
+    H, G = columns[0] // C, columns[1] // C
+    assert C % 2 == 0 and columns in ((H * C, G * C), (H * C, G * C, G * C)), (columns, C)
+    assert width == sum(columns) and k_norm.shape == (C,), (y.shape, columns, k_norm.shape)
+    cosines, sines = rotary
+    assert cosines.shape == sines.shape == (B, 1, L, C // 2), (y.shape, cosines.shape)
+    threads = 32 * B * L * (H + 2 * G)
+    q, k, v = HEADS(
         y,
-        _absent() if weight is None else weight,
+        q_norm,
+        k_norm,
         cosines,
         sines,
         mx.array(eps),
         grid=(threads, 1, 1),
         group=(min(threads, THREADS), 1, 1),
-        shapes=((B, H, L, size),),
-        dtypes=(y.dtype,),
+        shapes=((B, H, L, C), (B, G, L, C), (B, G, L, C)),
+        dtypes=(y.dtype,) * 3,
         T=y.dtype,
-        C=size,
-        WEIGHTED=weight is not None,
-        ROTATED=rotary is not None,
+        C=C,
+        H=H,
+        G=G,
     )
-    return out
+    return q, k, v
 
 
 def _launch(
@@ -247,19 +259,25 @@ JOIN = Kernel(
 """,
 )
 
-# A lane has pairs (i, i + C/2) of its simdgroup's head: rotation needs no other lane.
+# A simdgroup has a head of one position, of q, k or v: all its lanes go the same way. A lane has pairs
+# (i, i + C/2) of it: rotation needs no other lane.
 HEADS = Kernel(
     "heads",
-    inputs=("y", "weight", "cosines", "sines", "eps"),
-    outputs=("out",),
+    inputs=("y", "q_norm", "k_norm", "cosines", "sines", "eps"),
+    outputs=("queries", "keys", "values"),
     source="""
     constexpr int HALF = C / 2, R = (HALF + 31) / 32;
+    constexpr uint ALL = H + 2 * G;
     const int lane = int(thread_index_in_simdgroup);
-    const uint H = uint(y_shape[2]) / C, L = uint(y_shape[1]);
-    const uint row = thread_position_in_grid.x / 32;
-    const uint place = row / H, head = row % H;
-    const size_t from = size_t(row) * C, turn = size_t(place) * HALF;
-    const size_t to = ((size_t(place / L) * H + head) * L + place % L) * C;
+    const uint L = uint(y_shape[1]), width = uint(y_shape[2]) / C;
+    const uint place = thread_position_in_grid.x / 32 / ALL, slot = thread_position_in_grid.x / 32 % ALL;
+    const bool query = slot < H, value = slot >= H + G;
+    const uint head = query ? slot : (slot - H) % G;
+    // Where V has no columns of its own, the last ones are K's.
+    const size_t from = (size_t(place) * width + (value ? width - G + head : slot)) * C;
+    const size_t to = ((size_t(place / L) * (query ? H : G) + head) * L + place % L) * C;
+    const size_t turn = size_t(place) * HALF;
+    device T* out = query ? queries : value ? values : keys;
     float v[R], w[R];
     float squares = 0.0f;
     for (int i = 0; i < R; i++) {
@@ -273,11 +291,9 @@ HEADS = Kernel(
         const int c = lane + 32 * i;
         if (c < HALF) {
             float p = v[i] * r, q = w[i] * r;
-            if (WEIGHTED) {
-                p *= static_cast<float>(weight[c]);
-                q *= static_cast<float>(weight[c + HALF]);
-            }
-            if (ROTATED) {
+            if (!value) {
+                p *= query ? static_cast<float>(q_norm[c]) : static_cast<float>(k_norm[c]);
+                q *= query ? static_cast<float>(q_norm[c + HALF]) : static_cast<float>(k_norm[c + HALF]);
                 const float cosine = cosines[turn + c], sine = sines[turn + c];
                 const float turned = p * cosine - q * sine;
                 q = q * cosine + p * sine;

@@ -493,7 +493,7 @@ class Checkpoint:
                 progress(done, total)
             return array
 
-        return build(self.config, table, leaf, constants(self.config, ops), ops.mlp_weights)
+        return build(self.config, table, leaf, constants(self.config, ops), ops)
 
     def _leaf(self, ops: Ops, param: Param) -> Any:
         stored = self.read(param.name)

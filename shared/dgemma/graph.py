@@ -46,24 +46,12 @@ def attention(
 ) -> tuple[Array, KV]:
     """Attention of x [B, L, D] over `past` and itself -> output [B, L, D], own keys and values."""
     ops = run.ops
-    q, k, v = project(run, layer, w, bias, x)
+    q, k, v = ops.heads(x, w, bias, run.config.rms_eps, run.rotary[layer.kind])
     B, H, L, C = q.shape
     pad = (0 if past is None else past[0].shape[2]) - run.offset if run.ragged else None
     y = ops.attend(q, (k, v), past, pad, run.causal, layer.window)
     y = ops.transpose(y, 0, 2, 1, 3).reshape(B, L, H * C)
     return ops.linear(y, w.o, bias.o), (k, v)
-
-
-def project(
-    run: Pass, layer: LayerConfig, w: AttentionWeights, bias: BiasWeights, x: Array
-) -> tuple[Array, Array, Array]:
-    """q [B, H, L, C] and k, v [B, G, L, C] of x [B, L, D], normed and rotated."""
-    ops, rotary, eps, C = run.ops, run.rotary[layer.kind], run.config.rms_eps, layer.head_dim
-    q, k = ops.linear(x, w.q, bias.q), ops.linear(x, w.k, bias.k)
-    # On full layers V is k_proj's output *before* k_norm and RoPE.
-    v = k if w.v is None else ops.linear(x, w.v, bias.v)
-    q = ops.heads(q, C, w.q_norm, eps, rotary)
-    return q, ops.heads(k, C, w.k_norm, eps, rotary), ops.heads(v, C, None, eps, None)
 
 
 def mlp(ops: Ops, w: MlpWeights, x: Array) -> Array:
@@ -115,10 +103,9 @@ def encode(
     for index, layer in enumerate(config.layers[:-1]):
         h, kv = block(run, layer, w.layers[index], h, past[index] if past else None)
         new.append(kv)
-    last = w.layers[-1]
+    last, rotary = w.layers[-1], run.rotary[config.layers[-1].kind]
     x = run.norm(h, last.pre_attention)
-    _, k, v = project(run, config.layers[-1], last.attention, last.encoder_bias, x)
-    return [*new, (k, v)]
+    return [*new, ops.keys_values(x, last.attention, last.encoder_bias, config.rms_eps, rotary)]
 
 
 def denoise(

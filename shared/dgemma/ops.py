@@ -29,7 +29,7 @@ from .quantized import TABLES, Quantized
 if TYPE_CHECKING:
     from .cache import Cache
     from .config import Config
-    from .weights import MlpWeights
+    from .weights import AttentionWeights, BiasWeights, MlpWeights
 
 Array = Any
 # What a sparse row is said to leave out at least, so that it can be told from a dense one.
@@ -233,6 +233,10 @@ class Ops:
 
         return MlpWeights(gate, up, down)
 
+    def attention_weights(self, w: AttentionWeights, biased: bool) -> AttentionWeights:
+        """A layer's placed matrices as `heads` reads them best; `biased`: its projections have biases."""
+        return w
+
     def free_memory(self) -> int | None:
         """Bytes that weights may still take: of the device, or of the machine; None if nothing says."""
         try:
@@ -387,7 +391,28 @@ class Ops:
         a, b = y[..., :half], y[..., half:]
         return self.like(self.concat([a * cos - b * sin, b * cos + a * sin], -1), x)
 
-    def heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
+    def heads(
+        self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
+    ) -> tuple[Array, Array, Array]:
+        """q [B, H, L, C] and k, v [B, G, L, C] of x [B, L, D]: all three normed, q and k rotated."""
+        q, k, v = self.project(x, w, bias)
+        C = w.q_norm.shape[0]
+        q, k = self.as_heads(q, C, w.q_norm, eps, rotary), self.as_heads(k, C, w.k_norm, eps, rotary)
+        return q, k, self.as_heads(v, C, None, eps, None)
+
+    def keys_values(
+        self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
+    ) -> tuple[Array, Array]:
+        """k and v of `heads`, where nothing reads q."""
+        return self.heads(x, w, bias, eps, rotary)[1:]
+
+    def project(self, x: Array, w: AttentionWeights, bias: BiasWeights) -> tuple[Array, Array, Array]:
+        """The three products q [B, L, H·C] and k, v [B, L, G·C] of x [B, L, D]."""
+        q, k = self.linear(x, w.q, bias.q), self.linear(x, w.k, bias.k)
+        # On full layers V is k_proj's output *before* k_norm and RoPE.
+        return q, k, k if w.v is None else self.linear(x, w.v, bias.v)
+
+    def as_heads(self, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
         """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed, and rotated unless None."""
         x = self.transpose(y.reshape(*y.shape[:2], -1, size), 0, 2, 1, 3)
         x = self.rms_norm(x, weight, eps)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .config import Config, LayerConfig
+from .ops import Ops
 from .spec import Param
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
@@ -20,12 +21,13 @@ Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    q: Array  # [H·C, D]
-    k: Array  # [G·C, D]
+    q: Array  # [H·C, D]; with k's and v's rows below where a backend has stacked them
+    k: Array  # [G·C, D]; None where it is in q
     o: Array  # [D, H·C]
     q_norm: Array  # [C]
     k_norm: Array  # [C]
-    v: Array | None = None  # [G·C, D]; None on full layers, where V is k's projection
+    v: Array | None = None  # [G·C, D]; None on full layers, where V is k's projection, and where it is in q
+    rows: tuple[int, ...] = ()  # of q, k and, if it has its own, v, where they are stacked
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ def build(
     table: list[Param],
     leaf: Callable[[Param], Array],
     constants: Mapping[str, Any],
-    mlp: Callable[..., MlpWeights] = MlpWeights,
+    ops: Ops,
 ) -> Weights:
     """The tree of a text model: `leaf(param)` supplies each tensor of `table`, in table order.
 
-    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies); `mlp` makes a
-    layer's dense MLP of its matrices.
+    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies); `ops` may put a
+    layer's matrices together as it reads them best.
     """
     tree: dict[str | int, Any] = {}
     for param in table:
@@ -121,7 +123,7 @@ def build(
         for key in param.path[:-1]:
             node = node.setdefault(key, {})
         node[param.path[-1]] = leaf(param)
-    layers = tuple(_layer(tree["layers"][index], mlp) for index in range(len(config.layers)))
+    layers = tuple(_layer(tree["layers"][index], ops) for index in range(len(config.layers)))
     return Weights(
         embed=tree["embed"],
         norm=tree["norm"],
@@ -131,10 +133,10 @@ def build(
     )
 
 
-def _layer(node: dict[str, Any], mlp: Callable[..., MlpWeights]) -> LayerWeights:
+def _layer(node: dict[str, Any], ops: Ops) -> LayerWeights:
     parts: dict[str, Any] = {
-        "attention": AttentionWeights(**node.pop("attention")),
-        "mlp": mlp(**node.pop("mlp")),
+        "attention": ops.attention_weights(AttentionWeights(**node.pop("attention")), "bias" in node),
+        "mlp": ops.mlp_weights(**node.pop("mlp")),
         "experts": ExpertWeights(**node.pop("experts")),
         "router": RouterWeights(**node.pop("router")),
         "bias": BiasWeights(**node.pop("bias", {})),

@@ -53,15 +53,17 @@ def tame(param: Param, rng: np.random.Generator) -> np.ndarray:
     return noise / param.shape[-1] ** 0.5 * (20 if param.path[-2:] == ("router", "proj") else 1)
 
 
-def place(ops: Ops, config: Config) -> weights.Weights:
-    """The same random model on any backend."""
+def place(ops: Ops, config: Config, arranged: bool = True) -> weights.Weights:
+    """The same random model on any backend, its matrices as the backend reads them best, or as they are."""
     rng = np.random.default_rng(0)
     stored = {param.path: tame(param, rng) for param in text_parameters(config)}
     constants = {
         "embed_scale": ops.rounded(config.hidden_size**0.5),
         "frequencies": {layer.kind: ops.aswide(weights.rope_frequencies(layer)) for layer in config.layers},
     }
-    return weights.build(config, text_parameters(config), lambda p: ops.asarray(stored[p.path]), constants)
+    table = text_parameters(config)
+    arranger = ops if arranged else Ops()
+    return weights.build(config, table, lambda p: ops.asarray(stored[p.path]), constants, arranger)
 
 
 @dataclass
@@ -90,8 +92,8 @@ class Runner:
             for layer, kv in zip(self.config.layers, new, strict=True)
         ]
 
-    def logits(self, ops: Ops, with_soft: bool) -> np.ndarray:
-        w = place(ops, self.config)
+    def logits(self, ops: Ops, with_soft: bool, arranged: bool = True) -> np.ndarray:
+        w = place(ops, self.config, arranged)
         offset = ops.asarray(PROMPT - np.array(self.padding))
         inputs = ops.asarray(self.canvas), ops.asarray(self.soft) if with_soft else None, offset
         past = self.cache(ops, w)
@@ -118,6 +120,13 @@ def test_backends_agree(backend: tuple[str, str], variant: str, with_soft: bool)
     actual, expected = runner.logits(make(backend), with_soft), runner.logits(REFERENCE, with_soft)
     rtol, rms = BOUNDS.get(backend) or BOUNDS[backend[1]]
     close(actual, expected, rtol, f"logits of {'-'.join(backend)}", rms)
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (0, 7)], ids=str)
+def test_arranged_matrices_change_no_logit(backend: tuple[str, str], padding: tuple[int, int]):
+    ops, runner = make(backend), Runner(config(), padding)
+    arranged, plain = (runner.logits(ops, True, arranged) for arranged in (True, False))
+    close(arranged, plain, max(1e-6, BOUNDS[backend[1]][0] / 10), f"logits of {'-'.join(backend)}")
 
 
 def test_a_padded_row_is_the_row_alone():

@@ -47,14 +47,14 @@ BUGS = {
         "graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.bias, w.encoder_scalar)"
     ),
     "V after k_norm": Bug(
-        "graph.py",
-        "ops.heads(v, C, None, eps, None)",
-        "ops.heads(v, C, w.k_norm if w.v is None else None, eps, None)",
+        "ops.py",
+        "self.as_heads(v, C, None, eps, None)",
+        "self.as_heads(v, C, w.k_norm if w.v is None else None, eps, None)",
     ),
     "V after k_norm and RoPE": Bug(
-        "graph.py",
-        "ops.heads(v, C, None, eps, None)",
-        "ops.heads(v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
+        "ops.py",
+        "self.as_heads(v, C, None, eps, None)",
+        "self.as_heads(v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
     ),
     "RoPE exponent over the rotated part": Bug(
         "weights.py", "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
@@ -130,9 +130,9 @@ BUGS = {
         "return self.wide(self.linear(h, table))",
     ),
     "V not normed": Bug(
-        "graph.py",
-        "ops.heads(v, C, None, eps, None)",
-        "ops.transpose(v.reshape(*x.shape[:2], -1, C), 0, 2, 1, 3)",
+        "ops.py",
+        "self.as_heads(v, C, None, eps, None)",
+        "self.transpose(v.reshape(*x.shape[:2], -1, C), 0, 2, 1, 3)",
     ),
     "post-attention norms left out": Bug(
         "ops.py",
@@ -168,7 +168,7 @@ def error():
     frequencies = {layer.kind: weights.rope_frequencies(layer) for layer in geometry.layers}
     constants = {"embed_scale": geometry.hidden_size**0.5, "frequencies": frequencies}
     table = spec.text_parameters(geometry)
-    tree = weights.build(geometry, table, lambda param: ops.asarray(data[param.name]), constants)
+    tree = weights.build(geometry, table, lambda param: ops.asarray(data[param.name]), constants, ops)
     model = Model(ops, geometry, None, tree, None)
     worst, context = 0.0, None
     for index in range(2):

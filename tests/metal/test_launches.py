@@ -14,6 +14,8 @@ import pytest
 
 from benchmarks import launches
 from benchmarks.launches import EVERY, Count, Fusion, Region, Step, trace
+from dgemma.config import read_config
+from dgemma.weights import AttentionWeights, BiasWeights
 from tests.checkpoints import small
 
 # Names in MLX's graph that export does not tell apart.
@@ -145,9 +147,10 @@ def test_an_operation_without_a_rule_is_an_error() -> None:
 def steps(request: pytest.FixtureRequest) -> dict[bool, Count]:
     """By whether our kernels run; neither evaluates anything."""
     mx.reset_peak_memory()
+    before = mx.get_active_memory()
     kernels = {False: frozenset[str](), True: EVERY}
     counts = {on: launches.ours(1024, request.param, names).count() for on, names in kernels.items()}
-    assert mx.get_peak_memory() < 10 * launches.MEGABYTE
+    assert mx.get_peak_memory() - before < 10 * launches.MEGABYTE
     return {on: got for on, (got, _) in counts.items()}
 
 
@@ -155,6 +158,38 @@ def test_kernels_multiply_as_much_and_launch_less(steps: dict[bool, Count]) -> N
     assert steps[True].flops == pytest.approx(steps[False].flops, rel=1e-3)
     assert 2 * steps[True].launches.total() < steps[False].launches.total()
     assert steps[True].read < steps[False].read
+
+
+@pytest.mark.parametrize("form", launches.FORMATS)
+def test_q_k_and_v_are_one_launch(form: str) -> None:
+    """Of a layer, behind one product, which there is without the kernel, too."""
+    raw, made = small(), []
+    for kernels in (EVERY, EVERY - {"heads"}):
+        step = launches.ours(9, form, kernels, raw)
+        with launches.as_on_metal():
+            nodes = trace(step.function, *step.arrays).nodes
+        made.append(Counter(launches.kernel_of(node) or node.name for node in nodes))
+    with_it, without = made
+    assert with_it["dgemma_heads"] == len(read_config(raw).layers) and not without["dgemma_heads"]
+    for product in ("Matmul", "QuantizedMatmul"):
+        assert with_it[product] == without[product]
+    assert with_it["Concatenate"] <= without["Concatenate"]
+
+
+@pytest.mark.parametrize("own_v", [True, False])
+def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
+    """Where the encoder ends: of stacked matrices the rows of k and v only."""
+    C, D, L, ops = 8, 64, 5, launches.Metal(EVERY)
+    q, k, v = (zeros(heads * C, D) for heads in (4, 2, 2))
+    norm, turn = zeros(C), zeros(1, 1, L, C // 2)
+    w = ops.attention_weights(AttentionWeights(q, k, None, norm, norm, v if own_v else None), biased=False)
+    assert w.rows == ((32, 16, 16) if own_v else (32, 16))
+
+    def keys_values(x: mx.array) -> tuple[mx.array, mx.array]:
+        return ops.keys_values(x, w, BiasWeights(), 1e-6, (turn, turn))
+
+    got = count(keys_values, zeros(1, L, D))
+    assert got.flops == 2 * L * D * sum(w.rows[1:]) and got.launches["product"] == len(w.rows) - 1
 
 
 def test_no_array_is_large(steps: dict[bool, Count]) -> None:

@@ -148,56 +148,64 @@ def turn(offset: tuple[int, ...], L: int, C: int) -> tuple[mx.array, mx.array]:
     return cosines, sines
 
 
-def check_heads(
-    y: mx.array, C: int, weight: mx.array | None, rotary: tuple[mx.array, mx.array] | None
-) -> None:
-    exact = None if rotary is None else (host(rotary[0]), host(rotary[1]))
-    expected = REFERENCE.heads(host(y), C, None if weight is None else host(weight), EPSILON, exact)
-    ours = norms.heads(y, C, weight, EPSILON, rotary)
-    rounded_once(ours, expected, "kernel", y.dtype)
-    twin = Ops.heads(plain(), y, C, weight, EPSILON, rotary)
-    close(host(twin), expected, 2 * STEP[y.dtype] + 1e-6, "twin")
+Geometry = tuple[int, int, int, int, int]  # B, L, H, G, C
 
 
-GEOMETRIES = [(1, 1, 1, 2), (1, 1, 1, 20), (2, 7, 3, 20), (3, 5, 2, 96), (2, 3, 5, 130)]
-RELEASED = [(1, 9, 4, 256), (1, 2, 3, 512)]
+def products(rng: np.random.Generator, geometry: Geometry, own_v: bool, dtype: mx.Dtype) -> Any:
+    """A list: q, k and, on sliding layers, v side by side, their columns, both norms; ε and the rotation."""
+    B, L, H, G, C = geometry
+    columns = tuple(heads * C for heads in ((H, G, G) if own_v else (H, G)))
+    y = on_device(3 * rng.standard_normal((B, L, sum(columns))), dtype)
+    return [y, columns, *vectors(rng, C, 2, dtype), EPSILON, turn((7, -2, 130_000)[:B], L, C)]
 
 
+def check_heads(y: mx.array, columns: tuple[int, ...], q_norm: mx.array, *rest: Any) -> None:
+    """Against the composites on each part of y."""
+    k_norm, eps, rotary = rest
+    ours = norms.heads(y, columns, q_norm, k_norm, eps, rotary)
+    C, parts = q_norm.shape[0], mx.split(y, np.cumsum(columns)[:-1].tolist(), -1)
+    settings = [(parts[0], q_norm, rotary), (parts[1], k_norm, rotary), (parts[-1], None, None)]
+    for found, (part, weight, turned), what in zip(ours, settings, "qkv", strict=True):
+        exact: Any = None if turned is None else tuple(map(host, turned))
+        expected = REFERENCE.as_heads(host(part), C, None if weight is None else host(weight), eps, exact)
+        rounded_once(found, expected, f"{what} of the kernel", y.dtype)
+        twin = plain().as_heads(part, C, weight, eps, turned)
+        close(host(twin), expected, 2 * STEP[y.dtype] + 1e-6, f"{what} of the twin")
+
+
+GEOMETRIES = [(1, 1, 1, 1, 2), (1, 1, 2, 1, 20), (2, 7, 3, 3, 20), (3, 5, 4, 2, 96), (2, 3, 5, 1, 130)]
+RELEASED = [(1, 9, 16, 8, 256), (1, 2, 16, 2, 512)]
+sharing = pytest.mark.parametrize("own_v", [True, False], ids=["own v", "k's v"])
+
+
+@sharing
 @pytest.mark.parametrize(
     ("geometry", "dtype"), [*((g, F32) for g in GEOMETRIES), *((g, BF16) for g in RELEASED)], ids=str
 )
-def test_heads(rng: np.random.Generator, geometry: tuple[int, int, int, int], dtype: mx.Dtype) -> None:
-    B, L, H, C = geometry
-    y, w = on_device(3 * rng.standard_normal((B, L, H * C)), dtype), on_device(rng.standard_normal(C), dtype)
-    check_heads(y, C, w, turn((7, -2, 130_000)[:B], L, C))
+def test_heads(rng: np.random.Generator, geometry: Geometry, own_v: bool, dtype: mx.Dtype) -> None:
+    check_heads(*products(rng, geometry, own_v, dtype))
 
 
+@sharing
 @formats
-def test_heads_with_and_without_weight_and_rotation(rng: np.random.Generator, dtype: mx.Dtype) -> None:
-    """Keys and queries have both, values neither; weights may be float32."""
-    y, w, rotary = (
-        on_device(rng.standard_normal((2, 7, 60)), dtype),
-        rng.standard_normal(20),
-        turn((3, 0), 7, 20),
-    )
-    for weight in (on_device(w, dtype), on_device(w), None):
-        check_heads(y, 20, weight, rotary)
-        check_heads(y, 20, weight, None)
+def test_heads_with_norms_of_either_type(rng: np.random.Generator, own_v: bool, dtype: mx.Dtype) -> None:
+    y, columns, q_norm, k_norm, *rest = products(rng, (2, 7, 4, 2, 20), own_v, dtype)
+    for norms_dtype in (dtype, F32):
+        check_heads(y, columns, q_norm.astype(norms_dtype), k_norm.astype(norms_dtype), *rest)
 
 
 # ---- all of them --------------------------------------------------------------------------------------
 
 
-def calls(dtype: mx.Dtype, D: int = 130, C: int = 20) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+def calls(dtype: mx.Dtype, D: int = 130) -> dict[str, tuple[Callable[..., Any], list[Any]]]:
     """By the kernel's name, a function and arguments of few rows, the first of which is an array of rows."""
     rng = np.random.default_rng(1)
-    y = on_device(rng.standard_normal((2, 3, 3 * C)), dtype)
     x, w = on_device(rng.standard_normal((3, D)), dtype), vectors(rng, D, 1, dtype)[0]
     return {
         "dgemma_rms_norm": (norms.rms_norm, [x, w, EPSILON]),
         "dgemma_open_branches": (norms.open_branches, opening(rng, 3, D, dtype)),
         "dgemma_join_branches": (norms.join_branches, closing(rng, 3, D, dtype)),
-        "dgemma_heads": (norms.heads, [y, C, vectors(rng, C, 1, dtype)[0], EPSILON, turn((5, 0), 3, C)]),
+        "dgemma_heads": (norms.heads, products(rng, (2, 3, 2, 1, 20), True, dtype)),
     }
 
 
@@ -211,18 +219,35 @@ def results(name: str, dtype: mx.Dtype, inputs: list[Any] | None = None) -> list
     return [host(x) for x in (out if isinstance(out, tuple) else (out,))]
 
 
-@each
-def test_a_nan_stays_in_its_row(name: str) -> None:
-    """Of a state; and where a head lies in the middle of a row, in its head."""
-    _, arguments = calls(F32)[name]
-    clean = results(name, F32)
+def rows_with_nan(name: str, arguments: list[Any], index: int) -> list[int]:
+    """How many rows of each result a NaN at the state's flat `index` reaches; all others stay as they are."""
+    clean = results(name, F32, arguments)
     x = np.array(arguments[0])
-    x.reshape(-1)[x.size // 2] = np.nan
+    x.reshape(-1)[index] = np.nan
     spoiled = results(name, F32, [mx.array(x), *arguments[1:]])
+    counts = []
     for before, after in zip(clean, spoiled, strict=True):
         touched = np.isnan(after).any(-1)
-        assert touched.sum() == 1 and np.isfinite(after[~touched]).all()
+        assert np.isfinite(after[~touched]).all()
         np.testing.assert_array_equal(after[~touched], before[~touched])
+        counts.append(int(touched.sum()))
+    return counts
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_nan_stays_in_its_row(name: str) -> None:
+    _, arguments = calls(F32)[name]
+    assert set(rows_with_nan(name, arguments, arguments[0].size // 2)) == {1}
+
+
+@sharing
+def test_a_nan_stays_in_its_head(rng: np.random.Generator, own_v: bool) -> None:
+    """Of two of q and one each of k and v; k's is v's too where v has no columns."""
+    arguments = products(rng, (2, 3, 2, 1, 20), own_v, F32)
+    last = [[0, 0, 1]] if own_v else []
+    for head, wanted in enumerate([[1, 0, 0], [1, 0, 0], [0, 1, 0 if own_v else 1], *last]):
+        row = 4 * sum(arguments[1])  # the second of the second row of the batch
+        assert rows_with_nan("dgemma_heads", arguments, row + 20 * head + 7) == wanted
 
 
 @each
@@ -285,7 +310,7 @@ def test_types_of_the_smallest_inputs(simulated: None) -> None:
         norms.rms_norm(x, x[0], EPSILON)
         norms.open_branches(x, x, x[0], x[0], x[0], x[0], EPSILON)
         norms.join_branches(x, x, x, x[0], x[0], x[0], mx.ones(1), EPSILON)
-        norms.heads(mx.ones((1, 1, 4)), 4, mx.ones(4), EPSILON, (mx.ones((1, 1, 1, 2)),) * 2)
+        norms.heads(mx.ones((1, 1, 4)), (2, 2), *(mx.ones(2),) * 2, EPSILON, (mx.ones((1, 1, 1, 1)),) * 2)
     assert len(made) == 4
     for call in made:
         assert not simulator.typecheck(call)
@@ -297,10 +322,19 @@ def test_sanitizers(simulated: None, name: str, sanitizer: str) -> None:
     assert simulator.sanitize(launched(name), sanitizer) == []
 
 
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_where_v_is_made_of_k(simulated: None, rng: np.random.Generator, sanitizer: str) -> None:
+    with simulator.recording() as made:
+        norms.heads(*products(rng, (2, 3, 2, 1, 20), False, BF16))
+    assert not simulator.typecheck(made[0]) and simulator.sanitize(made[0], sanitizer) == []
+
+
 def test_groups_fit_every_chip(simulated: None) -> None:
     """At most 256 threads, and a value of a row is in one thread: 11 of 2816 each."""
     with simulator.recording() as made:
         norms.rms_norm(mx.ones((2, 2816)), None, EPSILON)
-        norms.heads(mx.ones((1, 9, 3 * 64)), 64, None, EPSILON, None)
+        norms.heads(
+            mx.ones((1, 9, 3 * 64)), (128, 64), *(mx.ones(64),) * 2, EPSILON, (mx.ones((1, 1, 9, 32)),) * 2
+        )
     assert [call.threadgroup for call in made] == [(256, 1, 1)] * 2
-    assert [call.grid for call in made] == [(256, 2, 1), (32 * 27, 1, 1)]
+    assert [call.grid for call in made] == [(256, 2, 1), (32 * 9 * 4, 1, 1)]

@@ -7,6 +7,7 @@ one or a few roundings of 2⁻⁸, as each test says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from dgemma.ops import Ops, Stored
-from dgemma.quantized import MXFP4, NVFP4, Form, quantize
+from dgemma.quantized import MXFP4, NVFP4, Form, affine, quantize
+from dgemma.weights import AttentionWeights, BiasWeights
 from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
 
 BF16 = EPS["bfloat16"]
@@ -371,6 +373,70 @@ def test_gated(any_ops: Ops, rng: np.random.Generator, forms: tuple[Form | None,
     mlp = any_ops.mlp_weights(*arrays, any_ops.aswide(np.eye(F)))
     y = any_ops.gated(any_ops.aswide(x), mlp.gate, mlp.up)
     close(any_ops.to_numpy(y), REFERENCE.geglu(x @ exact[0].T, x @ exact[1].T), 1e-5, f"gated, {forms}")
+
+
+def stored(ops: Ops, rng: np.random.Generator, rows: int, form: Form | None) -> tuple[Any, np.ndarray]:
+    """A random matrix of 64 inputs in a form, None for an array; and what it stands for."""
+    w = rng.standard_normal((rows, 64)).astype(np.float32) / 8
+    if form is None:
+        return ops.aswide(w), w.astype(np.float64)
+    record = quantize(w, form)
+    return record.map(lambda field: on_device(ops, field)), REFERENCE.dequantize(record)
+
+
+FORMS = {
+    "arrays": (None, None, None),
+    "4bit": (affine(4, 32),) * 3,
+    "nvfp4": (NVFP4,) * 3,  # with factors, which differ
+    "two forms": (NVFP4, NVFP4, MXFP4),
+    "array among records": (MXFP4, None, MXFP4),
+}
+
+
+@pytest.mark.parametrize("own_v", [True, False], ids=["own v", "k's v"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("forms", FORMS)
+def test_heads(any_ops: Ops, rng: np.random.Generator, forms: str, biased: bool, own_v: bool):
+    """Whatever a backend makes of the matrices when they are loaded; rows of a batch start anywhere."""
+    H, G, C, L = 4, 2, 6, 5
+    matrices = [stored(any_ops, rng, n * C, form) for n, form in zip((H, G, G), FORMS[forms], strict=True)]
+    vectors = [rng.standard_normal(n).astype(np.float32) for n in (C, C, H * C, G * C, G * C)]
+    x = rng.standard_normal((2, L, 64)).astype(np.float32)
+    frequencies = (10.0 ** -np.arange(C // 2)).astype(np.float32)
+
+    def run(ops: Ops, place: Callable[[np.ndarray], Any], which: int) -> list[np.ndarray]:
+        q, k, v = (matrix[which] for matrix in matrices)
+        q_norm, k_norm, *biases = map(place, vectors)
+        w = AttentionWeights(q, k, None, q_norm, k_norm, v if own_v else None)
+        bias = BiasWeights(*biases[: 3 if own_v else 2]) if biased else BiasWeights()
+        rotary = ops.rotary(ops.asarray(np.array([7, -2])), L, place(frequencies))
+        given = place(x), ops.attention_weights(w, biased), bias, 1e-6, rotary
+        return [ops.to_numpy(y) for y in (*ops.heads(*given), *ops.keys_values(*given))]
+
+    expected = run(REFERENCE, lambda y: y.astype(np.float64), 1)
+    assert [y.shape for y in expected] == [(2, H, L, C), *[(2, G, L, C)] * 4]
+    for found, wanted, what in zip(run(any_ops, any_ops.aswide, 0), expected, "qkvkv", strict=True):
+        close(found, wanted, 1e-5, what)
+
+
+def test_mlx_stacks_what_is_of_one_form(rng: np.random.Generator):
+    """One matrix of all rows, in memory of its own; biases and other forms stay apart."""
+    pytest.importorskip("mlx.core")
+    ops = make(("mlx", "float32"))
+    for name, forms in FORMS.items():
+        for own_v in (True, False):
+            matrices = [stored(ops, rng, n, form)[0] for n, form in zip((8, 4, 4), forms, strict=True)]
+            q, k, v = matrices
+            w = AttentionWeights(q, k, None, None, None, v if own_v else None)
+            assert ops.attention_weights(w, biased=True) is w
+            got = ops.attention_weights(w, biased=False)
+            if name == "array among records" or (name == "two forms" and own_v):
+                assert got is w
+                continue
+            assert got.k is None and got.v is None and got.rows == ((8, 4, 4) if own_v else (8, 4))
+            parts = [q, k, v][: len(got.rows)]
+            whole = [ops.to_numpy(ops.dense(part)) for part in parts]
+            assert np.array_equal(ops.to_numpy(ops.dense(got.q)), np.concatenate(whole))
 
 
 def on_device(ops: Ops, field: np.ndarray) -> Any:
