@@ -1,6 +1,7 @@
 # make demo    watch the embedded model write, in a light environment
 # make test    the whole suite, with every backend that this machine can run
 # make lint types wheel clean
+# make triton-next    a newer Triton, with which the tests compile what is Blackwell's, too
 #
 # One virtual environment in two strengths: each stamp stands for one `pip install`, and both are redone
 # when pyproject.toml changes. `demo` leaves out PyTorch, which is most of the download.
@@ -9,6 +10,9 @@ PYTHON ?= python3
 # Installed before everything else, so that the range in the `cuda` extra is met and nothing resolves
 # PyTorch a second time. Name a path or a local version to take another build.
 TORCH ?= torch==2.13.0
+
+# Its assembler knows Blackwell's own conversions. Compiled with, never run: nothing else imports it.
+TRITON_NEXT ?= triton==3.9.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +38,7 @@ NO_FRAMEWORK := import importlib.util as u, sys; \
 	came = [m for m in ("torch", "mlx") if u.find_spec(m) and (m, sys.platform) != ("mlx", "darwin")]; \
 	assert not came, f"the base install brought {came}"
 
-.PHONY: help demo test lint types wheel clean
+.PHONY: help demo test lint types wheel triton-next clean
 .NOTPARALLEL:
 
 help:
@@ -64,6 +68,16 @@ wheel: $(TEST_STAMP)
 	cd $(SMOKE) && bin/python -c '$(NO_FRAMEWORK)'
 	cd $(SMOKE) && bin/dgemma --help
 	cd $(SMOKE) && bin/dgemma generate --backend numpy --prompt "$$DEMO_PROMPT"
+
+# Where Triton has wheels; elsewhere the tests that need it say that it is not there.
+ifeq ($(shell uname -sm),Linux x86_64)
+triton-next: $(VENV)/triton-next
+endif
+
+$(VENV)/triton-next: | $(TEST_STAMP)
+	rm -rf $@.part
+	$(BIN)/pip install --quiet --no-deps --target $@.part '$(TRITON_NEXT)'
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

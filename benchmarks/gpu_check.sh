@@ -1,63 +1,130 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one go and about ten minutes, twenty where transformers is there to be
-# timed as well: the kernel tests compiled and run, their memory accesses checked where compute-sanitizer is at
-# hand, the selftest, and the benchmark at the released geometry in each format. Needs no network and no
-# installation: `python` must have torch, triton, numpy and pytest. Leaves what it found in one JSON file, also
-# when a step fails.
+# Everything that needs an NVIDIA GPU, in one go: the selftest at the released geometry, recorded steps against
+# eager ones, the embedded model's answers, the benchmark in each format and beside transformers, the kernel
+# tests compiled and run. What matters most comes first, and the JSON file is rewritten after every step, so
+# that a run which is cut off leaves what it had. Needs no network and no installation: `python` must have
+# torch, triton, numpy, click, rich, jinja2, tokenizers and safetensors; pytest and transformers for their steps.
 #
 #     benchmarks/gpu_check.sh [OUT.json]
+#
+# PYTHON names the interpreter. BUDGET is the seconds in all, 570 unless said: steps that do not fit are named
+# as not begun. All of them take half an hour, a third of it transformers' compilation.
 set -uo pipefail
+out=$(realpath -m "${1:-gpu_check.json}")
 cd "$(dirname "$0")/.."
-out=${1:-gpu_check.json}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH="$PWD/shared:$PWD/convert:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD/shared:$PWD/convert:$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
+budget=${BUDGET:-570}
 
-# step NAME SECONDS COMMAND…: stdout to NAME.out, stderr to NAME.err, the outcome to NAME.rc
-step() {
-    local name=$1 limit=$2 began=$SECONDS
-    shift 2
-    printf '== %s\n' "$name" >&2
-    timeout "$limit" "$@" >"$work/$name.out" 2>"$work/$name.err"
-    printf '%s %s\n' "$?" "$((SECONDS - began))" >"$work/$name.rc"
-    cat "$work/$name.rc" >&2
-}
+"$python" - <<'PYTHON' || exit 2
+import sys
 
-step selftest 120 "$python" -m dgemma selftest --json
-step tests 240 "$python" -m pytest -q -p no:cacheprovider tests/kernels --ignore tests/kernels/test_aot.py \
-    --ignore tests/kernels/test_aot_vocabulary.py
-if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 120 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
-        tests/kernels/test_moe.py -k "odd_sizes or whole"
-fi
-for form in nvfp4 bf16 fp8; do
-    step "bench-$form" 150 "$python" -m dgemma bench --random-weights --format "$form" --json
-done
-step bench-nvfp4-8-rows 120 "$python" -m dgemma bench --random-weights --rows 8 --json
-step bench-nvfp4-skewed 120 "$python" -m dgemma bench --random-weights --skew 1 --json
-# Last, because compiling its passes takes minutes; its 16-bit weights need 56 GB.
-if "$python" -c 'from transformers import DiffusionGemmaForBlockDiffusion' 2>/dev/null; then
-    step against-transformers 540 "$python" -m dgemma bench --random-weights --against transformers --json
-fi
+try:
+    import torch
+    import triton
 
-"$python" - "$work" "$out" <<'PYTHON'
+    import dgemma.cli
+    import dgemma_cuda.selftest
+    import dgemma.tiny.evaluate
+except ImportError as error:
+    sys.exit(f"gpu_check: {error}")
+if not torch.cuda.is_available():
+    sys.exit(f"gpu_check: torch {torch.__version__} finds no NVIDIA GPU here")
+PYTHON
+
+# The report of all steps so far; put in place whole, as the run may end at any moment.
+collect() {
+    "$python" - "$work" "$out" <<'PYTHON'
 import json
+import os
 import sys
 from pathlib import Path
 
 work, out = Path(sys.argv[1]), Path(sys.argv[2])
 report = {}
-for file in sorted(work.glob("*.rc"), key=lambda path: path.stat().st_mtime):
+for file in sorted(work.glob("*.rc")):
     code, seconds = file.read_text().split()
-    said, errors = (file.with_suffix(end).read_text() for end in (".out", ".err"))
+    said, errors = (file.with_suffix(end).read_text(errors="replace") for end in (".out", ".err"))
     try:
         found = json.loads(said)
     except ValueError:
         found = said[-4000:]
-    report[file.stem] = {"exit": int(code), "seconds": int(seconds), "found": found, "stderr": errors[-2000:]}
-out.write_text(json.dumps(report, indent=1) + "\n")
+    step = {"exit": json.loads(code), "seconds": int(seconds), "found": found, "stderr": errors[-2000:]}
+    report[file.stem.split("-", 1)[1]] = step
+part = out.with_name(out.name + ".part")
+part.write_text(json.dumps(report, indent=1) + "\n")
+os.replace(part, out)
 bad = [name for name, step in report.items() if step["exit"]]
-print(f"{out}: {len(report)} steps, failed: {', '.join(bad) or 'none'}")
+late = [name for name, step in report.items() if step["exit"] is None]
+said = f"failed: {', '.join(bad) or 'none'}; not begun: {', '.join(late) or 'none'}"
+print(f"{out}: {len(report)} steps, {said}")
 sys.exit(bool(bad))
 PYTHON
+}
+
+# step NAME SECONDS COMMAND…: what it says and how it ended, in the report at once.
+count=0
+step() {
+    local name=$1 limit=$2 began=$SECONDS left=$((budget - SECONDS)) file code
+    shift 2
+    printf -v file '%s/%02d-%s' "$work" "$((++count))" "$name"
+    if ((left < 20)); then
+        : >"$file.out"
+        echo "not begun: the budget of $budget s is spent" >"$file.err"
+        code=null
+    else
+        timeout -k 10 $((limit < left ? limit : left)) "$@" >"$file.out" 2>"$file.err"
+        code=$?
+    fi
+    echo "$code $((SECONDS - began))" >"$file.rc"
+    echo "== $name: exit $code after $((SECONDS - began)) s" >&2
+    collect >/dev/null
+}
+
+pytest=("$python" -m pytest -q -p no:cacheprovider)
+bench=("$python" -m dgemma bench --random-weights --json)
+if "$python" -c 'import xdist' 2>/dev/null; then many=(-n 8); else many=(); fi
+
+step machine 30 "$python" - <<'PYTHON'
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+found = {"python": platform.python_version(), "gpu": str(torch.cuda.get_device_properties(0))}
+for name in ("torch", "triton", "transformers", "numpy"):
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        found[name] = None
+print(json.dumps(found))
+PYTHON
+step selftest 150 "$python" -m dgemma selftest --backend cuda --json
+step bench-nvfp4 150 "${bench[@]}"
+step recorded-and-eager 90 "${pytest[@]}" tests/cuda/test_graphs.py -m cuda
+step tiny 60 "$python" -m dgemma.tiny.evaluate --backend cuda --count 32
+step bench-bf16 150 "${bench[@]}" --format bf16
+# Without the mode for which transformers compiles for minutes; its 16-bit weights need 56 GB.
+step against-transformers 180 "$python" -c '
+from dgemma.cli import main
+from dgemma_cuda import peer
+del peer.MODES[peer.COMPILED]
+main(prog_name="dgemma")' bench --random-weights --json --against transformers
+step kernel-tests 240 "${pytest[@]}" "${many[@]}" tests/kernels --ignore tests/kernels/test_aot.py \
+    --ignore tests/kernels/test_aot_vocabulary.py
+step bench-8-rows 120 "${bench[@]}" --rows 8
+step bench-fp8 150 "${bench[@]}" --format fp8
+if "$python" -c 'import torch; raise SystemExit(torch.cuda.get_device_capability() < (10, 0))'; then
+    step bench-w4a4 120 "${bench[@]}" --dtype nvfp4
+fi
+step bench-skewed 120 "${bench[@]}" --skew 1
+step bench-16k 120 "${bench[@]}" --context 16384
+if command -v compute-sanitizer >/dev/null; then
+    step sanitizer 120 compute-sanitizer --error-exitcode 9 "${pytest[@]}" tests/kernels/test_moe.py \
+        -k "odd_sizes or whole"
+fi
+step against-transformers-compiled 540 "${bench[@]}" --against transformers
+collect

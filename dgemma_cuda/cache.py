@@ -1,8 +1,8 @@
 """Keys and values in a few sizes, so that a step meets few shapes and a captured one can be replayed.
 
 Slots are added at the front, where shorter rows of a batch have theirs: attention masks them already, so a
-context that is rounded up to a bucket needs no mask of its own. The price is attention over at most half
-as many slots again, and one copy of the context a canvas.
+context that is rounded up to a bucket needs no mask of its own. It is stored as it is read, once. The price
+is attention over, and memory for, at most half as many slots again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dgemma.cache import Cache
-from dgemma.config import Config
 from dgemma.graph import KV
-from dgemma.ops import Ops
 
 
 def bucket(slots: int) -> int:
@@ -26,25 +24,40 @@ def bucket(slots: int) -> int:
 
 
 class BucketCache(Cache):
-    """A cache that reads in buckets; what it stores is the plain cache's."""
-
-    def __init__(self, ops: Ops, config: Config):
-        super().__init__(ops, config)
-        self._padded: list[KV] | None = None
+    """A cache that stores buckets; of sliding layers no more than the plain cache keeps."""
 
     @property
     def slots(self) -> int:
         return bucket(self.length)
 
     def append(self, new: Sequence[KV]) -> None:
-        super().append(new)
-        self._padded = None
+        old = self._layers or [_nothing(kv) for kv in new]
+        self.length += new[0][0].shape[2]
+        self._layers = [self._join(*pair, index) for index, pair in enumerate(zip(old, new, strict=True))]
 
-    def read(self) -> list[KV]:
-        """As `Cache.read`, rounded up; the same arrays until something is appended."""
-        if self._padded is None:
-            self._padded = [
-                self._fit(kv, min(self.slots, layer.window - 1) if layer.window else self.slots)
-                for kv, layer in zip(super().read(), self.config.layers, strict=bool(self._layers))
-            ]
-        return self._padded
+    def _with(self, layers: list[KV], length: int) -> BucketCache:
+        other = type(self)(self.ops, self.config)
+        other.length = length
+        other._layers = [other._stored(kv, index) for index, kv in enumerate(layers)]
+        return other
+
+    def _stored(self, kv: KV, index: int) -> KV:
+        slots = kv[0].shape[2]
+        return kv if slots == self._size(slots, index) else self._join(_nothing(kv), kv, index)
+
+    def _size(self, slots: int, index: int) -> int:
+        """What a layer stores of so many slots: no padding once some are dropped, as `trim` counts them."""
+        size = min(self.slots, self._kept(index) or self.slots)
+        return size if slots >= self.length else min(size, slots)
+
+    def _join(self, old: KV, new: KV, index: int) -> KV:
+        """The last slots of both, as new arrays: views would hold all they were cut from, in its strides."""
+        size = self._size(old[0].shape[2] + new[0].shape[2], index)
+        new = self._last(new, size)
+        old = self._fit(old, size - new[0].shape[2])
+        return self.ops.concat([old[0], new[0]], 2), self.ops.concat([old[1], new[1]], 2)
+
+
+def _nothing(kv: KV) -> KV:
+    """No slots, of the shape of these."""
+    return kv[0][:, :, :0], kv[1][:, :, :0]

@@ -1,24 +1,26 @@
 """Steps as CUDA graphs: a pure function of arrays is recorded once for its shapes and then replayed.
 
 A step is some five hundred kernels; launching them one by one costs a third of its time on a fast GPU. A
-recording reads and writes memory at fixed places, so arguments are copied there first, those that are the
-same objects as at the last call not again: a canvas's context is copied once, and not at every step. Places
-are shared by recordings, as those of a canvas's first step and of its later ones: a context is there once.
+recording reads and writes memory at fixed places, so arguments are copied there first. A context is hundreds
+of megabytes and stays where it is: its addresses are copied, and the attention kernel follows them. The price
+is that a recorded function gives contexts to that kernel and to nothing else.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
+
+from .kernels.attention import Remote
 
 # Recordings kept of a function, the least recently used dropped first.
 KEPT = 4
 
+Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # each layer's keys and values
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
@@ -47,90 +49,71 @@ def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-class Place:
-    """Memory that recordings read, and the object that was copied there last."""
+class Copied:
+    """An array that a recording reads in memory of its own."""
 
     def __init__(self, x: torch.Tensor):
-        self.memory = x.clone()
-        self.last = x  # kept alive, so that its identity cannot be taken over by another object
+        self.seen = x.clone()
 
     def take(self, x: torch.Tensor) -> None:
-        if x is not self.last:
-            self.memory.copy_(x)
-            self.last = x
+        self.seen.copy_(x)
 
 
-class Places:
-    """Places by what fits there, each for as long as some recording reads it."""
+class Followed:
+    """A context that a recording reads where it is, by addresses in memory of its own."""
 
-    def __init__(self) -> None:
-        self._known: WeakValueDictionary[Any, Place] = WeakValueDictionary()
+    def __init__(self, context: Context):
+        self.last: list[Any] = []
+        self.addresses = torch.empty((len(context), 2, 2), dtype=torch.int64, device=context[0][0].device)
+        self.seen = [
+            (Remote(at[0], k.shape, k.stride()), Remote(at[1], v.shape, v.stride()))
+            for at, (k, v) in zip(self.addresses, context, strict=True)
+        ]
+        self.take(context)
 
-    def of(self, leaves: list[torch.Tensor]) -> list[Place]:
-        """A place for each tensor, no two the same; new ones hold their tensor already."""
-        found: list[Place] = []
-        taken: Counter[Any] = Counter()
-        for x in leaves:
-            kind = x.shape, x.dtype, x.device
-            taken[kind] += 1
-            key = (*kind, taken[kind])
-            place = self._known.get(key) or Place(x)
-            self._known[key] = place
-            found.append(place)
-        return found
+    def take(self, context: Context) -> None:
+        # Addresses are compared, not arrays: what lies there now is what a replay has to read.
+        new = [[(x.data_ptr(), 0) for x in pair] for pair in context]
+        if new != self.last:
+            self.addresses.copy_(torch.tensor(new))
+            self.last = new
 
 
 class Graphed:
-    """`function` of tensors, and of lists and tuples of them; returns a tuple of new tensors.
+    """`function` of arrays and contexts; returns a tuple of new arrays.
 
     The function must be pure, read nothing on the host and make the same kernels for the same shapes.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        record: Record = record_cuda,
-        kept: int = KEPT,
-        places: Places | None = None,
-    ):
+    def __init__(self, function: Callable[..., Any], record: Record = record_cuda, kept: int = KEPT):
         self.function, self.record, self.kept = function, record, kept
-        self.places = Places() if places is None else places
         self.recordings: OrderedDict[Any, _Recording] = OrderedDict()
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        leaves: list[torch.Tensor] = []
-        shape = _flatten(args, leaves)
-        key = shape, tuple((x.shape, x.dtype, x.device) for x in leaves)
+        key = tuple(_kind(x) for x in args)
         if key not in self.recordings:
             while len(self.recordings) >= self.kept:
                 self.recordings.popitem(last=False)
-            self.recordings[key] = _Recording(self.function, shape, self.places.of(leaves), self.record)
+            self.recordings[key] = _Recording(self.function, args, self.record)
         self.recordings.move_to_end(key)
-        return self.recordings[key](leaves)
+        return self.recordings[key](args)
+
+
+def _kind(x: Any) -> Any:
+    """What an argument must have in common with a recorded one: strides, too, where it is not copied."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device
+    return tuple((k.shape, k.stride(), v.stride(), k.dtype, k.device) for k, v in x)
 
 
 class _Recording:
-    def __init__(self, function: Callable[..., Any], shape: Any, places: list[Place], record: Record):
-        self.places = places
-        args = _rebuild(shape, (place.memory for place in places))
-        self.replay, self.outputs = record(lambda: function(*args))
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], record: Record):
+        self.inputs = [Copied(x) if isinstance(x, torch.Tensor) else Followed(x) for x in args]
+        self.replay, self.outputs = record(lambda: function(*(x.seen for x in self.inputs)))
 
-    def __call__(self, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        for place, x in zip(self.places, leaves, strict=True):
+    def __call__(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        for place, x in zip(self.inputs, args, strict=True):
             place.take(x)
         self.replay()
         # Copies, as a caller may hold a step's result beyond the next step.
         return tuple(x.clone() for x in self.outputs)
-
-
-def _flatten(tree: Any, leaves: list[torch.Tensor]) -> Any:
-    """The nesting of a tree, with its tensors gone to `leaves`, in order."""
-    if isinstance(tree, list | tuple):
-        return tuple(_flatten(child, leaves) for child in tree)
-    leaves.append(tree)
-    return None
-
-
-def _rebuild(shape: Any, leaves: Any) -> Any:
-    """The tree of such a nesting over these leaves."""
-    return next(leaves) if shape is None else [_rebuild(child, leaves) for child in shape]

@@ -21,13 +21,13 @@ from dgemma.cache import Cache
 from dgemma.config import Config
 from dgemma.errors import BackendError
 from dgemma.ops import Array, Guess, Ops, Stored
-from dgemma.quantized import Quantized
+from dgemma.quantized import NVFP4, Quantized
 
 from .cache import BucketCache
-from .graphs import Graphed, Places, Replay, record_cuda
-from .kernels import attention, compiling, linear, moe, vocabulary
+from .graphs import Graphed, Replay, record_cuda
+from .kernels import attention, compiling, fp4, linear, moe, vocabulary
 from .kernels.launch import supported
-from .kernels.layout import Tiled, fits, untile
+from .kernels.layout import Order, Tiled, fits, untile
 from .staging import Staging
 
 
@@ -36,9 +36,11 @@ class CudaOps(Ops):
 
     name = "cuda"
 
-    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, w4a4: bool = False
+    ):
         self.device, self.dtype = torch.device(device), dtype
-        self._places = Places()
+        self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too
         self.reads_host = False  # whether some expert product had to: such steps cannot be recorded
 
     def asarray(self, x: np.ndarray) -> Array:
@@ -172,12 +174,14 @@ class CudaOps(Ops):
         return BucketCache(self, config) if self.device.type == "cuda" else Cache(self, config)
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        """Steps are recorded as CUDA graphs, unless the prefill showed that they read the host."""
+        """Steps with our kernels are recorded as CUDA graphs, unless a prefill showed host reads in them."""
         if self.device.type != "cuda":
             return fn
         if not repeats:
             return self._announced(fn)
-        graphed = Graphed(fn, self._record, places=self._places)
+        if not self.kernels:
+            return fn  # a recording's context is read by attention's kernel only
+        graphed = Graphed(fn, self._record)
         return lambda *args: fn(*args) if self.reads_host else graphed(*args)
 
     def _announced(self, fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,11 +215,15 @@ class CudaOps(Ops):
     def arrange(self, record: Quantized, name: str) -> Quantized | Tiled:
         if not self.kernels or not fits(record):
             return record
-        return linear.tile_matrix(record) if len(record.shape) == 2 else moe.tile_stack(record, name)
+        if len(record.shape) == 2:
+            return linear.tile_matrix(record)
+        return (fp4 if self.w4a4 and record.form == NVFP4 else moe).tile_stack(record, name)
 
     # ---- composites with something better than the definition -----------------------------------
 
     def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
+        if self.w4a4:
+            return fp4.experts(x, weights, ids, _in_fp4(gate_up), _in_fp4(down))
         if isinstance(gate_up, Tiled) and isinstance(down, Tiled):
             return moe.experts(x, weights, ids, gate_up, down)
         # One of the two may be stored in another form, and has no kernel to go with.
@@ -284,10 +292,19 @@ class CudaOps(Ops):
         )
 
 
+def _in_fp4(weight: Array) -> Tiled:
+    if not isinstance(weight, Tiled) or weight.order is not Order.UNSIGNED:
+        raise BackendError(
+            "activations in NVFP4 need experts in NVFP4, and this model has them in another format"
+        )
+    return weight
+
+
 def make(dtype: str | None, device: str | None) -> CudaOps:
     """CudaOps on `device`, by default the first GPU, else the CPU with a notice on stderr.
 
-    `dtype` None means bfloat16 on a GPU and float32 on a CPU. BackendError if the device is not there.
+    `dtype` None means bfloat16 on a GPU and float32 on a CPU, "nvfp4" bfloat16 with W4A4 experts: see
+    `kernels.fp4`. BackendError if the device, or what is asked of it, is not there.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -297,10 +314,14 @@ def make(dtype: str | None, device: str | None) -> CudaOps:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} is not usable: {reason}") from None
+        fact = str(error).splitlines()[0]
+        raise BackendError(f"device {device!r} is not usable: {fact}") from None
     if dtype is None:
         dtype = "float32" if place.type == "cpu" else "bfloat16"
+    if w4a4 := dtype == "nvfp4":
+        if reason := fp4.unsupported(place):
+            raise BackendError(f"activations in NVFP4 are not possible here: {reason}")
+        dtype = "bfloat16"
     # A soft embedding sums over the whole vocabulary: not in bfloat16, which cuBLAS may do otherwise.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return CudaOps(place, getattr(torch, dtype))
+    return CudaOps(place, getattr(torch, dtype), w4a4)

@@ -127,11 +127,12 @@ class Transformers:
 def _configuration(folder: Path, tower: bool) -> Any:
     """transformers' reading of a folder's config.json; without a `tower` the least one that it can build.
 
-    Where a checkpoint has none it builds one of the default size: half of a small model's memory.
+    Where a checkpoint has none it builds one of the default size, half of a small model's memory, or (5.17)
+    nothing at all.
     """
     config = library().AutoConfig.from_pretrained(folder)
     if not tower:
-        least = config.vision_config
+        least = config.vision_config = config.vision_config or library().Gemma4VisionConfig()
         least.hidden_size = least.intermediate_size = least.head_dim = least.global_head_dim = 16
         least.num_hidden_layers = least.num_attention_heads = least.num_key_value_heads = 1
     if config.image_token_id is None:

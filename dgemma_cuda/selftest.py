@@ -17,7 +17,8 @@ from dgemma.quantized import FP8, NVFP4, Form
 from dgemma.spec import Param
 
 from .bench import ceilings, clock
-from .kernels import attention, linear, moe, vocabulary
+from .graphs import Followed
+from .kernels import attention, fp4, linear, moe, vocabulary
 from .kernels.launch import supported
 from .ops import CudaOps
 from .synthetic import random_record
@@ -57,6 +58,8 @@ def checks(ops: CudaOps, config: Config, context: int) -> Iterator[Check]:
     for form in (NVFP4, FP8):
         yield _experts(ops, config, form, normal, generator)
         yield _linear(ops, config, form, normal, generator)
+    if fp4.unsupported(ops.device) is None:
+        yield _experts(ops, config, NVFP4, normal, generator, w4a4=True)
     for kind in ("sliding_attention", "full_attention"):
         yield _attention(ops, config, kind, context, normal)
     yield from _vocabulary(ops, config, normal)
@@ -74,12 +77,15 @@ def _timed(
 Normal = Callable[..., torch.Tensor]
 
 
-def _experts(ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator) -> Check:
-    """One layer's experts for one canvas."""
+def _experts(
+    ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator, w4a4: bool = False
+) -> Check:
+    """One layer's experts for one canvas. In W4A4 a code near a tie may turn out another than the twin's."""
+    kernels: Any = fp4 if w4a4 else moe
     D, M, E = config.hidden_size, config.expert_size, config.num_experts
     shapes = {"gate_up": (E, 2 * M, D), "down": (E, D, M)}
     stacks = [
-        moe.tile_stack(random_record(ops, Param(name, shape, "experts"), form, generator), name)
+        kernels.tile_stack(random_record(ops, Param(name, shape, "experts"), form, generator), name)
         for name, shape in shapes.items()
     ]
     x = normal(config.canvas_length, D)
@@ -89,11 +95,11 @@ def _experts(ops: CudaOps, config: Config, form: Form, normal: Normal, generator
     nbytes = sum(stack.nbytes for stack in stacks)
     return _timed(
         ops,
-        f"experts, {form}",
-        2**-5,
+        f"experts, {form}" + ", W4A4" * w4a4,
+        2**-4 if w4a4 else 2**-5,
         nbytes,
-        lambda: moe.experts(*args),
-        lambda: moe.experts_plain(*args),
+        lambda: kernels.experts(*args),
+        lambda: kernels.experts_plain(*args),
     )
 
 
@@ -120,16 +126,17 @@ def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: No
     slots = L + (min(context, layer.window - 1) if layer.window else context)
     q = normal(1, config.heads, L, C) * C**-0.5
     k, v = (normal(1, layer.kv_heads, slots, C) for _ in range(2))
+    own, past = (k[:, :, -L:], v[:, :, -L:]), (k[:, :, :-L], v[:, :, :-L])
+    (remote,) = Followed([past]).seen  # as a recorded step has it
     pad = torch.tensor([3], device=ops.device)
-    args = (q, k, v, pad, False, None)
     nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
     return _timed(
         ops,
         f"attention, heads of {C}",
         2**-6,
         nbytes,
-        lambda: attention.attention(*args),
-        lambda: attention.attention_plain(*args),
+        lambda: attention.attend(q, own, remote, pad, False, None),
+        lambda: attention.attention_plain(q, k, v, pad, False, None),
     )
 
 

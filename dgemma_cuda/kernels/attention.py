@@ -5,7 +5,8 @@ KV head are rows of one matrix, adjacent rows being one query's heads, so that a
 queries; keys outside its window or in padding are not read at all. Where blocks are fewer than the GPU has
 processors, runs of keys go to different programs and are merged by their log-sum-exps. Softmax and sums
 are float32, and no result depends on the order in which programs run. Cached keys and values are read where
-they are: to join them with a canvas's own would move 0.5 GB a step at 1k. The price: no gradients.
+they are: to join them with a canvas's own would move 0.5 GB a step at 1k. A recorded launch finds their
+addresses in memory, so that no second copy is held for it. The price: no gradients.
 
     B rows  L queries  S key slots  C head size  H heads  G KV heads  Z splits of S
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 Tensor = torch.Tensor
-Pair = tuple[Tensor, Tensor]  # keys and values
+Pair = tuple[Any, Any]  # keys and values, both tensors or both `Remote`
 
 LEAST = 128  # keys that are worth a split
 MOST = 8  # splits
 MERGE_WARPS = 4
+REGISTERS = 1 << 16  # of a processor
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,27 @@ class Tile:
     warps: int
     stages: int
     resident: int  # programs that a processor holds at once, by registers
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of a launch. Left to itself ptxas aims lower on sm_89, at 128 registers, and spills for it."""
+        registers = min(255, REGISTERS // (32 * self.warps * self.resident))
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Keys or values [B, G, P, C] whose address is in memory, so that a recorded launch reads any context's.
+
+    The address is the first of `at`, int64 [2]: two, as Triton compiles apart for pointers off 16 bytes.
+    """
+
+    at: Tensor
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+    def stride(self) -> tuple[int, ...]:
+        return self.strides
 
 
 # By head size and family. At 512 it is 98 KB of the 99 that consumer GPUs have. At 256 four warps are one
@@ -112,9 +135,9 @@ def attend(
     """`Ops.attend` of q [B, H, L, C] over [B, G, ·, C] of `past`, then of `own`, all of one 16-bit type.
 
     C is a power of two from 16 on. Strides are free where C's is 1 and values have their keys'; else there is
-    a copy. The result lies as [B, L, H, C] does, which is how the output projection reads it. NaN in slots
-    before `pad` reaches no row behind it. `splits` is chosen from shapes where it is None, so that a captured
-    step stays as it is.
+    a copy, but of what is `Remote`. The result lies as [B, L, H, C] does, which is how the output projection
+    reads it. NaN in slots before `pad` reaches no row behind it. `splits` is chosen from shapes where it is
+    None, so that a captured step stays as it is.
     """
     load()
     B, H, L, C = q.shape
@@ -122,6 +145,8 @@ def attend(
     (k, v), (past_k, past_v) = _alike(own), _alike(past or own)
     G, P = k.shape[1], past_k.shape[2] if past else 0
     S = P + L
+    remote = isinstance(past_k, Remote)
+    at_k, at_v = (past_k.at, past_v.at) if remote else (past_k, past_v)
     assert H % G == 0 and k.shape[2] == L and power_of_two(C) == C and C >= 16, (q.shape, k.shape)
     tile = tile_for(C, q.device)
     window = S if window is None else window
@@ -131,14 +156,13 @@ def attend(
     # Of each split: its normalised result, and log2 of the sum that normalised it.
     parts = q.new_empty((Z, B, H, L, C), dtype=torch.float32) if Z > 1 else y[None]
     sums = q.new_empty((Z, B, H, L) if Z > 1 else 1, dtype=torch.float32)
-    strides = [size for x in (q, k, past_k) for size in x.stride()[:3]]
+    strides = [step for x in (q, k, past_k) for step in x.stride()[:3]]
     with torch.cuda.device_of(q):
         _attend[(blocks, B * G, Z)](
-            q, k, v, past_k, past_v, parts, sums, sums if pad is None else pad, G, L, P, window,
+            q, k, v, at_k, at_v, parts, sums, sums if pad is None else pad, G, L, P, window,
             *strides, *parts.stride()[:4],
             REP=H // G, C=C, BM=tile.rows, BN=tile.keys, CAUSAL=causal, WINDOWED=causal and window < S,
-            PADDED=pad is not None, SPLIT=Z > 1, INTERPRET=interpreted(),
-            num_warps=tile.warps, num_stages=tile.stages,
+            PADDED=pad is not None, SPLIT=Z > 1, REMOTE=remote, INTERPRET=interpreted(), **tile.options,
         )  # fmt: skip
         if Z > 1:
             _merge[(L, H, B)](
@@ -152,7 +176,7 @@ def _alike(pair: Pair) -> Pair:
     k, v = pair
     steps = zip(k.shape, k.stride(), v.stride(), strict=True)
     alike = all(size == 1 or step == other for size, step, other in steps)
-    return pair if alike and k.stride(3) == 1 else (k.contiguous(), v.contiguous())
+    return pair if alike and k.stride()[3] == 1 else (k.contiguous(), v.contiguous())
 
 
 def _splits(blocks: int, S: int, tile: Tile, device: torch.device) -> int:
@@ -168,7 +192,8 @@ def _attend(
     q, k, v, past_k, past_v, out, sums, pad, G, L, P, window,
     q_b, q_h, q_l, k_b, k_g, k_s, p_b, p_g, p_s, o_z, o_b, o_h, o_l,
     REP: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr, INTERPRET: tl.constexpr,
+    WINDOWED: tl.constexpr, PADDED: tl.constexpr, SPLIT: tl.constexpr, REMOTE: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one KV head over one run of its keys; row r is head r % REP of query r // REP.
 
@@ -197,6 +222,9 @@ def _attend(
         high = tl.minimum(high, low + span)
     k += b * k_b + g * k_g
     v += b * k_b + g * k_g
+    if REMOTE:
+        past_k = tl.multiple_of(tl.load(past_k).to(q.dtype), 16)
+        past_v = tl.multiple_of(tl.load(past_v).to(q.dtype), 16)
     past_k += b * p_b + g * p_g
     past_v += b * p_b + g * p_g
     total = tl.zeros((BM, C), tl.float32)

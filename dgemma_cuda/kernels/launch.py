@@ -29,6 +29,21 @@ def supported(device: torch.device) -> str | None:
     return None
 
 
+def native(arch: int) -> bool:
+    """Whether the GPU's conversions of E2M1 and E4M3 to bfloat16 can be compiled for an architecture.
+
+    Blackwell has them, and PTX 9.2 has names for them: Triton's assembler knows it from 3.8 on.
+    """
+    return arch >= 100 and triton_version() >= (3, 8)
+
+
+def triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 MARKED: list[Callable[..., Any]] = []
 
 

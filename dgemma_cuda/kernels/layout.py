@@ -3,7 +3,8 @@
 A kernel that unpacks nibbles as they are stored spends 12 instructions a weight and is bound by issue, not
 by memory. So the bits are reordered once, at load: the bytes of one tile are adjacent, and the two weights
 that share a register of a matrix fragment come out of a word together, as bfloat16, by a shift or a rotation
-and a mask. The price is that a loaded stack no longer is what its file holds, and belongs to one tile height.
+and a mask. A GPU that converts codes itself gets bytes as they are, in the order of the same words. The price
+is that a loaded stack no longer is what its file holds, and belongs to one tile height and one order.
 
 A word of NVFP4 holds 4 pairs of adjacent inputs: pair i of word w is the inputs 16i + 2w and 16i + 2w + 1 of
 a block of 64, hence of scale group i, and the byte 8i + w of the block as ModelOpt and MLX store it. A word
@@ -16,6 +17,7 @@ of FP8 holds 2 pairs: pair i of word w is the inputs 32i + 2w and 32i + 2w + 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache, partial
 
 import numpy as np
@@ -28,9 +30,19 @@ from dgemma.quantized import FP8, NVFP4, Form, Quantized
 BLOCK = 64  # inputs a word of scales is for: the largest power of two that divides 704 and 2,816
 CHUNK = 1 << 22  # words made at a time: what bounds the temporaries
 
-# Bits, from the lowest, of the four bits of a code (magnitude, then sign) in the lower half of its word; the
-# second code of a pair is 16 bits above. Pairs 0, 1 and 2 are bits 6–8 and 15 of the word rotated to the left
-# by 3·i; pair 3 has the bits left over, which three shifts bring to the same places.
+
+class Order(Enum):
+    """What the bits of an NVFP4 word and of its word of scales are."""
+
+    SHIFTED = "shifted"  # codes at PLACES, scales as UE5M3: what shifts and masks decode
+    NATIVE = "native"  # byte i is pair i, and scales are E4M3, all as stored: what a GPU converts
+    # Bytes as stored, one after the other. E4M3 scales without signs, which codes have: what FP4 multiplies.
+    UNSIGNED = "unsigned"
+
+
+# Bits, from the lowest, of the four bits of a code (magnitude, then sign) in the lower half of a SHIFTED
+# word; the second code of a pair is 16 bits above. Pairs 0, 1 and 2 are bits 6–8 and 15 of the word rotated
+# to the left by 3·i; pair 3 has the bits left over, which three shifts bring to the same places.
 PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14))
 # Bytes of a word of FP8, from the lowest, as 2 · pair + half: the first pair is where bfloat16 has its upper
 # bytes.
@@ -43,9 +55,10 @@ class Tiled:
 
     form: Form  # NVFP4 or FP8
     words: torch.Tensor  # int32 [E, T, B, P, R, W]
-    scales: torch.Tensor | None  # int32 [E, T, B, P, R]: four UE5M3 bytes, of group i at bit 8i; NVFP4 only
+    scales: torch.Tensor | None  # int32 [E, T, B, P, R]: four bytes, of group i at bit 8i; NVFP4 only
     factor: torch.Tensor  # float32 [E, T, P, R]: what a row's sum is multiplied by
     shape: tuple[int, ...]  # (E, O, I) or (O, I), without the padding
+    order: Order = Order.SHIFTED  # FP8 has but one order
 
     @property
     def parts(self) -> int:
@@ -68,7 +81,7 @@ def fits(record: Quantized) -> bool:
     return record.form == NVFP4
 
 
-def tile(record: Quantized, rows: int, parts: int = 1) -> Tiled:
+def tile(record: Quantized, rows: int, parts: int = 1, order: Order = Order.SHIFTED) -> Tiled:
     """The tiles of a record [E, O, I] or [O, I] on its device, `rows` rows high; gate_up has two `parts`.
 
     Rows and inputs that fill up the last tile and block are zeros. A factor that divides becomes its
@@ -89,8 +102,8 @@ def tile(record: Quantized, rows: int, parts: int = 1) -> Tiled:
         if scales is None or record.scales is None:
             _fill_fp8(words[some], record.codes[some])
         else:
-            _fill(words[some], scales[some], record.codes[some], record.scales[some])
-    return Tiled(record.form, words, scales, _factor(record, T, parts, rows), shape)
+            _fill(words[some], scales[some], record.codes[some], record.scales[some], order)
+    return Tiled(record.form, words, scales, _factor(record, T, parts, rows), shape, order)
 
 
 def _fill_fp8(words: torch.Tensor, codes: torch.Tensor) -> None:
@@ -98,24 +111,44 @@ def _fill_fp8(words: torch.Tensor, codes: torch.Tensor) -> None:
     T, B, P, R = words.shape[1:5]
     octets = _blocks(codes, B, BLOCK, P, T * R).unflatten(-1, (2, 16, 2))  # [e, P, T·R, B, pair, word, half]
     octets = octets.transpose(-3, -2).flatten(-2)[..., list(OCTETS)]  # [e, P, T·R, B, word, byte]
-    new = octets.contiguous().view(torch.int32)[..., 0]
-    words.copy_(new.unflatten(2, (T, R)).permute(0, 2, 4, 1, 3, 5))
+    words.copy_(_joined(octets).unflatten(2, (T, R)).permute(0, 2, 4, 1, 3, 5))
 
 
-def _fill(words: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor) -> None:
+def _fill(
+    words: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, stored: torch.Tensor, order: Order
+) -> None:
     """Codes [e, O, I/2] and E4M3 scales [e, O, I/16] as words and scale words, in place."""
     T, B, P, R = words.shape[1:5]
-    fields, ue5m3, keep, flip = (x.to(words.device) for x in _tables())
-    old = _blocks(stored, B, 4, P, T * R)  # [e, P, T·R, B, 4]
+    octets = _blocks(codes, B, 32, P, T * R).unflatten(-1, (4, 8))  # [e, P, T·R, B, pair, word]
+    new = _blocks(stored, B, 4, P, T * R)  # [e, P, T·R, B, 4]
+    if order is Order.SHIFTED:
+        packed, new = _shifted(octets, new)
+    elif order is Order.NATIVE:
+        packed = _joined(octets.transpose(-2, -1))
+    else:
+        packed = _joined(
+            (octets ^ (new >> 7 << 7 | new >> 7 << 3)[..., None]).flatten(-2).unflatten(-1, (8, 4))
+        )
+        new = new & 0x7F
+    words.copy_(packed.unflatten(2, (T, R)).permute(0, 2, 4, 1, 3, 5))
+    scales.copy_(_joined(new).unflatten(2, (T, R)).permute(0, 2, 4, 1, 3))
+
+
+def _shifted(octets: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes of codes [..., 4, 8] as words int32 [..., 8], and E4M3 scales [..., 4] as UE5M3."""
+    fields, ue5m3, keep, flip = (x.to(octets.device) for x in _tables())
+    old = stored.int()
     # A negative scale moves its sign to the codes; under a zero scale the codes become zeros.
-    octets = _blocks(codes, B, 32, P, T * R).unflatten(-1, (4, 8))
-    octets = ((octets ^ flip[old.int()][..., None]) & keep[old.int()][..., None]).int()  # [..., B, 4, 8]
+    octets = ((octets ^ flip[old][..., None]) & keep[old][..., None]).int()
     new = fields[0][octets[..., 0, :]]
     for i in (1, 2, 3):
         new |= fields[i][octets[..., i, :]]
-    words.copy_(new.unflatten(2, (T, R)).permute(0, 2, 4, 1, 3, 5))
-    packed = ue5m3[old.int()].view(torch.int32)[..., 0]
-    scales.copy_(packed.unflatten(2, (T, R)).permute(0, 2, 4, 1, 3))
+    return new, ue5m3[old]
+
+
+def _joined(octets: torch.Tensor) -> torch.Tensor:
+    """Four bytes [..., 4] as an int32, the first one lowest."""
+    return octets.contiguous().view(torch.int32)[..., 0]
 
 
 def _blocks(x: torch.Tensor, B: int, width: int, P: int, rows: int) -> torch.Tensor:
@@ -150,16 +183,29 @@ def untile(tiled: Tiled) -> torch.Tensor:
 
 def _values(tiled: Tiled, scales: torch.Tensor) -> torch.Tensor:
     """Codes of NVFP4 times their scales, [E, T, B, P, R, 64]."""
-    codes = torch.zeros((*tiled.words.shape, 4, 2), dtype=torch.int32, device=tiled.words.device)
+    octets = scales.unsqueeze(-1).view(torch.uint8).int()  # [E, T, B, P, R, 4]
+    if tiled.order is Order.SHIFTED:
+        codes = _shifted_codes(tiled.words)
+        factors = (1 + (octets & 7) / 8) * torch.exp2((octets >> 3) - 10.0)
+        factors = factors.where(octets != 255, torch.nan)
+    else:
+        pairs = tiled.words.unsqueeze(-1).view(torch.uint8).int()  # [E, T, B, P, R, 8, 4]
+        if tiled.order is Order.UNSIGNED:
+            pairs = pairs.flatten(-2).unflatten(-1, (4, 8)).transpose(-2, -1)
+        codes = torch.stack([pairs & 15, pairs >> 4], -1)
+        factors = torch.from_numpy(nvfp4.E4M3).to(octets.device)[octets]
+    values = torch.from_numpy(nvfp4.E2M1).to(codes.device)[codes]  # [E, T, B, P, R, 8, 4, 2]
+    return (values * factors[..., None, :, None]).transpose(-3, -2).flatten(-3)
+
+
+def _shifted_codes(words: torch.Tensor) -> torch.Tensor:
+    """Codes of SHIFTED words [...], int32 [..., pair, half]."""
+    codes = torch.zeros((*words.shape, 4, 2), dtype=torch.int32, device=words.device)
     for i, places in enumerate(PLACES):
         for j in (0, 1):
             for bit, place in enumerate(places):
-                codes[..., i, j] |= (tiled.words >> (place + 16 * j) & 1) << bit
-    values = torch.from_numpy(nvfp4.E2M1).to(codes.device)[codes]  # [E, T, B, P, R, 8, 4, 2]
-    octets = scales.unsqueeze(-1).view(torch.uint8).int()  # [E, T, B, P, R, 4]
-    factors = (1 + (octets & 7) / 8) * torch.exp2((octets >> 3) - 10.0)
-    factors = factors.where(octets != 255, torch.nan)
-    return (values * factors[..., None, :, None]).transpose(-3, -2).flatten(-3)
+                codes[..., i, j] |= (words >> (place + 16 * j) & 1) << bit
+    return codes
 
 
 def _values_fp8(tiled: Tiled) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dgemma.quantized import Quantized
 
 from .layout import Tiled, tile, untile
-from .moe import CONFIGS, architecture, block_rows, compiled, fields
+from .moe import CONFIGS, architecture, block_rows, compiled, fields, order
 
 
 def tile_rows(arch: int) -> int:
@@ -26,7 +26,8 @@ def tile_rows(arch: int) -> int:
 
 def tile_matrix(record: Quantized) -> Tiled:
     """A matrix [O, I] in the order that the kernel reads."""
-    return tile(record, tile_rows(architecture(record.codes.device)))
+    device = record.codes.device
+    return tile(record, tile_rows(architecture(device)), order=order(device))
 
 
 def linear(x: torch.Tensor, w: Tiled) -> torch.Tensor:

@@ -11,6 +11,7 @@ scheduling, as it would with atomic additions. The price is that weights come in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 
 from dgemma.quantized import FP8, Quantized
 
-from .launch import power_of_two
-from .layout import Tiled, tile, untile
+from .launch import native, power_of_two
+from .layout import Order, Tiled, tile, untile
 from .plan import Plan, plan
 
 
@@ -66,7 +67,12 @@ def block_rows(arch: int, picks: int, experts: int) -> int:
 
 def tile_stack(record: Quantized, name: str) -> Tiled:
     """A stack of experts, "gate_up" (gate rows first) or "down", in the order that the kernels read."""
-    return tile(record, TILE_ROWS[name], 2 if name == "gate_up" else 1)
+    return tile(record, TILE_ROWS[name], 2 if name == "gate_up" else 1, order(record.codes.device))
+
+
+def order(device: torch.device) -> Order:
+    """The order of words that a device's kernels decode with the fewest instructions."""
+    return Order.NATIVE if native(architecture(device)) else Order.SHIFTED
 
 
 def experts(
@@ -86,16 +92,20 @@ def experts(
 
 
 def experts_plain(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Tiled, down: Tiled
-) -> torch.Tensor:
-    """What `experts` computes, in PyTorch on decoded weights, rounded where the kernels round."""
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Tiled, down: Tiled,
+    widen: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+) -> torch.Tensor:  # fmt: skip
+    """What `experts` computes, in PyTorch on decoded weights, rounded where the kernels round.
+
+    `widen` makes float32 of rows that go into a product.
+    """
     wide_up, wide_down = untile(gate_up), untile(down)
     out = torch.zeros(x.shape, device=x.device)
-    for expert in range(gate_up.shape[0]):
+    for expert in ids.unique().tolist():
         token, pick = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(x[token].float(), wide_up[expert]).chunk(2, -1)
-        h = (F.gelu(gate, approximate="tanh") * up).to(x.dtype).float()
-        y = F.linear(h, wide_down[expert]) * weights[token, pick][:, None]
+        gate, up = F.linear(widen(x[token]), wide_up[expert]).chunk(2, -1)
+        h = (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+        y = F.linear(widen(h), wide_down[expert]) * weights[token, pick][:, None]
         out.index_add_(0, token, y.to(x.dtype).float())
     return out.to(x.dtype)
 
@@ -160,6 +170,7 @@ def compiled(w: Tiled, place: torch.device, config: Config) -> dict[str, int | b
     return {
         "R": w.rows,
         "FP8": w.form == FP8,
+        "NATIVE": w.order is Order.NATIVE,
         "SWAP": config.swap,
         "UNROLL": config.unroll,
         "SM": architecture(place),

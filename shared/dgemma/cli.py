@@ -177,7 +177,8 @@ _model_options = _options(
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Type of weights and activations.  [default: bfloat16 on a GPU, float32 on a CPU]",
+        help="Type of weights and activations.  [default: bfloat16 on a GPU, float32 on a CPU] With nvfp4, "
+        "experts in NVFP4 get activations in it, too, and answers change; on Blackwell only.",
     ),
     click.option("--device", metavar="NAME", help="A torch device, such as cuda:1; cuda backend only."),
 )
@@ -477,7 +478,8 @@ def _record(reply: Done, model: Model, name: str | None) -> dict[str, Any]:
 
 def _dtype(model: Model) -> str:
     """The backend's compute type by its plain name: frameworks write "torch.bfloat16"."""
-    return str(getattr(model.ops, "dtype", "float64")).rpartition(".")[2]
+    name = str(getattr(model.ops, "dtype", "float64")).rpartition(".")[2]
+    return "nvfp4" if getattr(model.ops, "w4a4", False) else name
 
 
 def _stats_block(reply: Done, model: Model, rows: int, sampler: GenerationConfig) -> str:

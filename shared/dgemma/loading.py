@@ -14,7 +14,7 @@ from .tiny import MODEL_DIR
 from .tokenizer import Tokenizer
 
 BACKENDS = ("auto", "mlx", "cuda", "numpy")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "nvfp4")
 FRAMEWORKS = {"mlx": "mlx", "cuda": "torch"}  # what a backend imports
 
 
@@ -28,7 +28,8 @@ def load(
     """A model ready to run. `model` is a folder or a hub id; None means the embedded one.
 
     `backend` is "mlx", "cuda", "numpy" or "auto"; `dtype` "float32" or "bfloat16" (default: bfloat16 on
-    a GPU, float32 on a CPU); `device` a torch device. `progress(done, total)` counts weight bytes.
+    a GPU, float32 on a CPU), or "nvfp4": bfloat16, but of experts in NVFP4 what goes in is quantized, too,
+    on Blackwell. `device` is a torch device. `progress(done, total)` counts weight bytes.
     Raises DgemmaError with one line for anything that is wrong with the files or the machine.
     """
     backend = choose(backend, dtype, device)
@@ -64,6 +65,8 @@ def choose(backend: str, dtype: str | None, device: str | None) -> str:
     backend = _choose() if backend == "auto" else backend
     if device is not None and backend != "cuda":
         raise BackendError(f"a device can be chosen for the cuda backend only, not for {backend}")
+    if dtype == "nvfp4" and backend != "cuda":
+        raise BackendError(f"activations in NVFP4 are for the cuda backend only, not for {backend}")
     framework = FRAMEWORKS.get(backend)
     if framework and find_spec(framework) is None:
         raise BackendError(

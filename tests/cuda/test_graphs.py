@@ -1,6 +1,8 @@
-"""Recorded steps and bucketed contexts, on a CPU: a recorder that runs the function in place of a GPU's."""
+"""Recorded steps over bucketed contexts, on a CPU: the recorder of `tests.cuda.recording`."""
 
+import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -8,46 +10,22 @@ import pytest
 
 import dgemma
 from dgemma.checkpoint import Checkpoint
+from dgemma.config import read_config
 from dgemma.engine import Done
-from dgemma.model import Model
+from dgemma.model import Context, Model, Step
 from dgemma.numpy_ops import NumpyOps
+from dgemma.ops import Ops
 from dgemma.quantized import FP8, quantize
 from dgemma.tiny import MODEL_DIR
+from tests.checkpoints import small
 
 torch = pytest.importorskip("torch")
 
+from dgemma_cuda import bench  # noqa: E402
 from dgemma_cuda.cache import BucketCache, bucket  # noqa: E402
-from dgemma_cuda.graphs import Graphed, Places  # noqa: E402
+from dgemma_cuda.graphs import Graphed  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
-
-
-def record_here(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A recording without a GPU: each replay runs the function on the same inputs, into the same outputs."""
-    outputs = run()
-
-    def replay() -> None:
-        for place, new in zip(outputs, run(), strict=True):
-            place.copy_(new)
-
-    return replay, outputs
-
-
-class RecordingOps(CudaOps):
-    """The CUDA backend's cache and recordings, on a CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.graphed: list[Graphed] = []
-
-    def cache(self, config: Any) -> BucketCache:
-        return BucketCache(self, config)
-
-    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        if not repeats:
-            return fn
-        self.graphed.append(Graphed(fn, record_here, places=self._places))
-        return self.graphed[-1]
-
+from tests.cuda.recording import BucketOps, RecordingOps, found, record_here  # noqa: E402
 
 # ---- buckets ------------------------------------------------------------------------------------
 
@@ -65,10 +43,14 @@ def plain() -> Model:
     return dgemma.load(backend="cuda", device="cpu", dtype="float32")
 
 
+def model_of(ops: CudaOps) -> Model:
+    checkpoint = Checkpoint.open(MODEL_DIR)
+    return Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
+
+
 @pytest.fixture()
 def recorded() -> Model:
-    checkpoint, ops = Checkpoint.open(MODEL_DIR), RecordingOps()
-    return Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
+    return model_of(RecordingOps())
 
 
 def inputs(rows: int, seed: int = 0) -> tuple[list[list[int]], np.ndarray]:
@@ -102,22 +84,107 @@ def ids_of(model: Model, prompts: list[list[int]]) -> list[list[int]]:
     return [e.tokens for e in sorted((e for e in events if isinstance(e, Done)), key=lambda e: e.row)]
 
 
-def test_replies_are_those_of_the_plain_path(plain: Model, recorded: Model) -> None:
-    prompts, _ = inputs(2)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_replies_are_those_of_the_plain_path(plain: Model, recorded: Model, rows: int) -> None:
+    """Of several canvases; three rows are ragged and grow from one bucket into the next."""
+    prompts, _ = inputs(rows)
+    if rows == 3:
+        prompts[2] = prompts[2][:230]
     assert ids_of(recorded, prompts) == ids_of(plain, prompts)
     assert all(len(g.recordings) <= g.kept for g in recorded.ops.graphed)  # type: ignore[attr-defined]
+
+
+def refined(model: Model, context: Context, canvas: np.ndarray) -> list[Step]:
+    """A first step and one with self-conditioning."""
+    draw = np.full(canvas.shape, 0.5), canvas
+    first = model.refine(context, canvas, None, 0.7, *draw)
+    return [first, model.refine(context, first.canvas, first.soft, 0.6, *draw)]
+
+
+def branches(model: Model) -> list[Context]:
+    """Contexts with a common past that was forked, trimmed and appended to; two rows each."""
+    rows = inputs(3)[0][::2]
+    root = model.encode([rows[0], rows[1][:150]])
+    left = model.encode([[5] * 9, [6] * 9], root)
+    return [root, left, model.encode([[7] * 20, [8] * 3], root), left.trim(30), root.fork([1, 0]),
+            model.encode([[9] * 200] * 2, left)]  # fmt: skip
+
+
+def take_turns(recorded: Model, eager: Model) -> None:
+    """Each step is that of its context, whichever came before, and to the bit what no recording gives."""
+    canvas = inputs(2)[1]
+    pairs = list(zip(branches(recorded), branches(eager), strict=True))
+    for ours, theirs in pairs + pairs[::-1]:
+        for got, wanted in zip(refined(recorded, ours, canvas), refined(eager, theirs, canvas), strict=True):
+            assert torch.equal(got.soft, wanted.soft)
+            assert np.array_equal(got.entropy, wanted.entropy) and np.array_equal(got.canvas, wanted.canvas)
+
+
+def test_branches_of_a_context_take_turns(recorded: Model) -> None:
+    take_turns(recorded, model_of(BucketOps()))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_branches_of_a_context_take_turns_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA graphs, and the kernel that follows addresses."""
+    place = torch.device("cuda"), torch.bfloat16
+    eager = model_of(CudaOps(*place))
+    assert eager.ops.kernels  # type: ignore[attr-defined]
+    monkeypatch.setattr(eager.ops, "compile", lambda fn, repeats=False: fn)
+    take_turns(model_of(CudaOps(*place)), eager)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+def test_the_kernel_follows_addresses_through_the_model() -> None:
+    """From the cache to a step's results, two contexts in turn, with Triton's interpreter."""
+
+    class Eager(BucketOps):
+        kernels = True  # type: ignore[assignment]
+        vocabulary = Ops.vocabulary  # its kernels take long here
+
+    class Recording(RecordingOps):
+        kernels = True  # type: ignore[assignment]
+        attend, vocabulary = CudaOps.attend, Ops.vocabulary
+
+    layers = ["sliding_attention", "full_attention"]
+    config = read_config(small(vocab_size=300, num_hidden_layers=2, layer_types=layers))
+    results = []
+    for ops in (Recording(), Eager()):
+        made = bench.prepare(ops, config, "bf16", context=5, rows=2, skew=0.0)
+        canvas, draw = made.canvas[:, :8], (np.full((2, 8), 0.5), made.canvas[:, :8])
+        contexts = made.context, made.model.encode([[5] * 9, [6] * 9], made.context)
+        results.append([made.model.refine(context, canvas, None, 0.7, *draw).soft for context in contexts])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not torch.equal(*results[0])
+
+
+def test_contexts_of_a_bucket_share_a_recording(recorded: Model) -> None:
+    """However they were cut into chunks and appends: arrays lie the same way."""
+    canvas = inputs(1)[1]
+    rows = np.random.default_rng(1).integers(3, 400, 250).tolist()
+    for context in (
+        recorded.encode([rows]),
+        recorded.encode([rows[:200]], chunk=33),
+        recorded.encode([rows[:31]], recorded.encode([rows[:180]])),
+    ):
+        refined(recorded, context, canvas)
+    (first,), (later,) = (graphed.recordings for graphed in recorded.ops.graphed)  # type: ignore[attr-defined]
+    assert len(later) == len(first) + 1
 
 
 def test_a_shape_is_recorded_once() -> None:
     calls: list[int] = []
 
-    def function(x: Any, pair: Any) -> Any:
+    def function(x: Any) -> Any:
         calls.append(1)
-        return (x + pair[0] * pair[1],)
+        return (x + 1,)
 
     graphed = Graphed(function, lambda run: (lambda: None, run()))
     for n in (3, 3, 4, 3):
-        graphed(torch.ones(n), [torch.ones(n), torch.ones(n)])
+        graphed(torch.ones(n))
     assert len(calls) == len(graphed.recordings) == 2
 
 
@@ -125,7 +192,7 @@ def test_recordings_are_bounded() -> None:
     graphed = Graphed(lambda x: (x + 1,), record_here, kept=2)
     for n in (1, 2, 1, 3):
         graphed(torch.ones(n))
-    assert [shapes[0][0] for _, shapes in graphed.recordings] == [torch.Size([1]), torch.Size([3])]
+    assert [shape for ((shape, _, _),) in graphed.recordings] == [torch.Size([1]), torch.Size([3])]
 
 
 def test_results_outlive_the_next_replay() -> None:
@@ -134,55 +201,64 @@ def test_results_outlive_the_next_replay() -> None:
     assert (float(first), float(second)) == (2.0, 10.0)
 
 
-def spied(graphed: Graphed) -> list[Any]:
-    """What will be copied to the places of the only recording."""
+def over(x: Any, context: Any) -> tuple[Any]:
+    """Of every layer the keys' and values' sums, and x."""
+    return (x + torch.stack([found(k).sum() + 2 * found(v).sum() for k, v in context]),)
+
+
+def pairs(*values: float) -> list[Any]:
+    """A context of that many layers."""
+    return [(torch.full((1, 1, 3, 2), float(x)), torch.full((1, 1, 3, 2), -float(x))) for x in values]
+
+
+def test_a_context_is_read_where_it_is() -> None:
+    """Any context of the same shape, and what its arrays hold at the time of the replay."""
+    graphed, x = Graphed(over, record_here), torch.zeros(2)
+    one, two = pairs(1, 2), pairs(3, 5)
+    for context, wanted in ((one, [-6, -12]), (two, [-18, -30]), (one, [-6, -12])):
+        assert graphed(x, context)[0].tolist() == wanted
+    one[0][0].zero_()
+    assert graphed(x, one)[0].tolist() == [-12, -12]
+    assert len(graphed.recordings) == 1
+
+
+def test_addresses_are_copied_when_they_change() -> None:
+    """A canvas's steps have the same context, and a copy from the host waits for the GPU."""
+    graphed, context = Graphed(over, record_here), pairs(1, 2)
+    graphed(torch.zeros(2), context)
+    ((_, followed),) = [recording.inputs for recording in graphed.recordings.values()]
     copied: list[Any] = []
 
     class Spy:
-        def __init__(self, memory: Any):
-            self.memory = memory
-
         def copy_(self, new: Any) -> None:
             copied.append(new)
-            self.memory.copy_(new)
+            memory.copy_(new)
 
-    (recording,) = graphed.recordings.values()
-    for place in recording.places:
-        place.memory = Spy(place.memory)  # type: ignore[assignment]
-    return copied
-
-
-def test_only_what_changed_is_copied() -> None:
-    """A context is an argument of every step of a canvas, and hundreds of megabytes."""
-    context = torch.ones(4)
-    graphed = Graphed(lambda x, past: (x + past,), record_here)
-    graphed(torch.zeros(4), context)
-    copied = spied(graphed)
-    new = torch.full((4,), 2.0)
-    assert torch.equal(graphed(new, context)[0], torch.full((4,), 3.0))
-    assert copied == [new]
-    assert torch.equal(graphed(new, torch.zeros(4))[0], torch.full((4,), 2.0))
-    assert len(copied) == 2
+    memory, followed.addresses = followed.addresses, Spy()  # type: ignore[union-attr, assignment]
+    graphed(torch.ones(2), [tuple(pair) for pair in context])
+    assert not copied
+    assert graphed(torch.zeros(2), pairs(3, 5))[0].tolist() == [-18, -30]
+    assert len(copied) == 1
 
 
-def test_a_context_is_held_once() -> None:
-    """By the recordings of a canvas's first step and of its later ones, which differ in their arguments."""
-    places, context = Places(), torch.ones(4, 4)
-    first = Graphed(lambda x, past: (x + past,), record_here, places=places)
-    later = Graphed(lambda x, past, soft: (x + past + soft,), record_here, places=places)
-    x, soft = torch.zeros(4), torch.full((4, 4), 3.0)
-    assert torch.equal(first(x, context)[0], torch.ones(4, 4))
-    assert torch.equal(later(x, context, soft)[0], torch.full((4, 4), 4.0))
-    (one,), (two,) = first.recordings.values(), later.recordings.values()
-    assert [place in one.places for place in two.places] == [True, True, False]
-    # What one recording's call left there is not taken for the other's argument.
-    assert torch.equal(later(x, context + 1, soft)[0], torch.full((4, 4), 5.0))
-    assert torch.equal(first(x, context)[0], torch.ones(4, 4))
-    copied = spied(first)
-    first(x, context)
-    assert copied == []
-    del first, later, one, two
-    assert not list(places._known)  # nothing is held for recordings that are gone
+def test_a_context_that_lies_otherwise_is_recorded_anew() -> None:
+    """Strides are numbers of a recorded launch."""
+    graphed, x = Graphed(over, record_here), torch.zeros(1)
+    graphed(x, pairs(1))
+    wide = torch.arange(10.0).reshape(1, 1, 5, 2)
+    assert graphed(x, [(wide[:, :, 2:], wide[:, :, 2:])])[0].tolist() == [3 * sum(range(4, 10))]
+    crossed = wide.transpose(2, 3).contiguous().transpose(2, 3)
+    assert graphed(x, [(crossed[:, :, 2:], crossed[:, :, 2:])])[0].tolist() == [3 * sum(range(4, 10))]
+    assert len(graphed.recordings) == 3
+
+
+def test_a_context_is_not_kept() -> None:
+    """By recordings, which would else hold those of earlier buckets until they are used again."""
+    graphed, context = Graphed(over, record_here), pairs(1, 2)
+    graphed(torch.zeros(2), context)
+    gone = [weakref.ref(x) for pair in context for x in pair]
+    del context
+    assert not any(ref() is not None for ref in gone)
 
 
 def test_equal_arguments_have_places_of_their_own() -> None:
@@ -192,14 +268,14 @@ def test_equal_arguments_have_places_of_their_own() -> None:
     assert torch.equal(graphed(torch.full((3,), 5.0), same)[0], torch.full((3,), 4.0))
 
 
-def test_steps_that_read_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records without a kernel are widened expert by expert, which a recording cannot hold."""
+def test_steps_that_cannot_be_recorded_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records without a kernel are widened expert by expert, and only our attention follows addresses."""
     recorded: list[Any] = []
-    monkeypatch.setattr(
-        "dgemma_cuda.ops.Graphed", lambda fn, record, places: lambda *args: recorded.append(args)
-    )
+    monkeypatch.setattr("dgemma_cuda.ops.Graphed", lambda fn, record: lambda *args: recorded.append(args))
     ops = CudaOps()
     ops.device = torch.device("cuda")
+    assert not ops.kernels and ops.compile(len, repeats=True) is len
+    ops.__dict__["kernels"] = True
     step = ops.compile(lambda x: x + 1, repeats=True)
     step(1)
     assert recorded == [(1,)]

@@ -8,14 +8,14 @@ with the kernels' code, about half a gigabyte, and what PyTorch's allocator keep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import finalize
 
 import pytest
 
 from dgemma import graph
-from dgemma.config import load_json, read_config
+from dgemma.config import LayerConfig, load_json, read_config
 from dgemma.info import FORMATS, amount, kv_bytes
 from dgemma.model import PREFILL_CHUNK
 from dgemma.quantized import NVFP4, Form
@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from dgemma_cuda import bench  # noqa: E402
-from dgemma_cuda.cache import bucket  # noqa: E402
+from dgemma_cuda.cache import BucketCache, bucket  # noqa: E402
+from dgemma_cuda.graphs import Followed, _Recording  # noqa: E402
 from dgemma_cuda.kernels import attention, device, layout, vocabulary  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 from dgemma_cuda.synthetic import random_weights  # noqa: E402
@@ -49,8 +50,10 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        keys = {key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        self._others |= {key for key in keys if not self._users[key]}
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor) and not self._users[key(x)] and key(x) not in self._others:
+                self._others.add(key(x))
+                finalize(x, self._others.discard, key(x))  # another storage may have this key then
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and key(x) not in self._others:
@@ -98,29 +101,37 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOps]:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(layout, "CHUNK", 1 << 40)  # temporaries cost nothing here, and loops do
     layout._tables()  # kept by the module: not as fake ones
+    monkeypatch.setattr(Followed, "take", lambda self, context: None)  # there are no addresses
     ops = CudaOps(dtype=torch.bfloat16)
     ops.__dict__["kernels"] = True
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         yield ops
 
 
-def past(slots: int) -> list[tuple[Any, Any]]:
-    """A context as a step is given it."""
-    shapes = [
-        (1, layer.kv_heads, min(slots, layer.window - 1) if layer.window else slots, layer.head_dim)
-        for layer in CONFIG.layers
-    ]
+def keys_and_values(slots: Callable[[LayerConfig], int]) -> list[tuple[Any, Any]]:
+    """Of one row, with so many slots in a layer."""
+    shapes = [(1, layer.kv_heads, slots(layer), layer.head_dim) for layer in CONFIG.layers]
     return [
         (torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16))
         for shape in shapes
     ]
 
 
+def past(slots: int) -> list[tuple[Any, Any]]:
+    """A context as a step is given it."""
+    return keys_and_values(lambda layer: min(slots, layer.window - 1) if layer.window else slots)
+
+
+def step_inputs() -> tuple[Any, ...]:
+    """A conditioned step's: canvas, its soft embedding, offset, temperature, uniforms."""
+    L, D = CONFIG.canvas_length, CONFIG.hidden_size
+    canvas, soft = torch.zeros((1, L), dtype=torch.int64), torch.empty((1, L, D), dtype=torch.bfloat16)
+    return canvas, soft, torch.zeros(1, dtype=torch.int64), torch.ones(()), torch.empty((1, L))
+
+
 def step_bytes(ops: CudaOps, weights: Any, context: list[tuple[Any, Any]]) -> int:
     """What a conditioned step of one canvas holds at most, beside its arguments."""
-    L, D = CONFIG.canvas_length, CONFIG.hidden_size
-    canvas, soft = torch.zeros((1, L), dtype=torch.int64), torch.empty((1, L, D), dtype=ops.dtype)
-    offset, heat, uniforms = torch.zeros(1, dtype=torch.int64), torch.ones(()), torch.empty((1, L))
+    canvas, soft, offset, heat, uniforms = step_inputs()
     with Live() as live:
         graph.step(ops, CONFIG, weights, canvas, soft, offset, context, heat, uniforms, ragged=True)
     return live.peak
@@ -134,21 +145,39 @@ def prefill_bytes(ops: CudaOps, weights: Any, context: list[tuple[Any, Any]]) ->
     return live.peak
 
 
+def cache_bytes(ops: CudaOps, tokens: int) -> tuple[int, int]:
+    """Of a context: what its cache holds, and how much more while a canvas is added to a fork of it.
+
+    A context stays as it is until its successor is there, so that a commit holds both.
+    """
+    cache, L = BucketCache(ops, CONFIG), CONFIG.canvas_length
+    with Live() as live:
+        for _ in range(tokens // L):
+            cache.append(keys_and_values(lambda layer: L))
+        held, live.peak = live.now, 0
+        cache.fork().append(keys_and_values(lambda layer: L))
+    return held, live.peak - held
+
+
+def recording_bytes(context: list[tuple[Any, Any]]) -> int:
+    """What a recording of a conditioned step reads, beside its context."""
+    with Live() as live:
+        kept = _Recording(lambda *args: (), (*step_inputs(), context), lambda run: (lambda: None, run()))
+        assert len(kept.inputs) == 6
+        return live.now
+
+
 def needed(ops: CudaOps, forms: Mapping[str, Form], tokens: int) -> dict[str, int]:
     """Bytes by part, of one row with so many tokens of context."""
     weights, context = random_weights(ops, CONFIG, forms, 0.0, 0), past(bucket(tokens))
-    sizes = [k.nbytes + v.nbytes for k, v in context]
-    full = [size for size, layer in zip(sizes, CONFIG.layers, strict=True) if not layer.window]
-    passes = (
-        step_bytes(ops, weights, context),
-        prefill_bytes(ops, weights, past(tokens - PREFILL_CHUNK)),
-    )
+    held, more = cache_bytes(ops, tokens)
     parts = {
         "weights": sum(bench.stored_bytes(w) for w in bench._leaves(weights)),
-        "cache": kv_bytes(CONFIG, FORMATS[0], tokens),
-        "full layers, rounded up to a bucket": sum(full),
-        "places that recordings read": sum(sizes),
-        "a pass": max(passes),
+        "cache": held,
+        "what a recording reads": recording_bytes(context),
+        "a recording of a step": step_bytes(ops, weights, context),
+        # Both are there besides: what recordings write in is theirs for good.
+        "a pass, or a canvas's commit": max(prefill_bytes(ops, weights, past(tokens - PREFILL_CHUNK)), more),
     }
     lines = {**parts, "in all": sum(parts.values())}
     print("\n".join(f"{name:36}{amount(n):>10}" for name, n in lines.items()))
@@ -179,6 +208,15 @@ def test_the_plane_of_logits_in_blocks(ops: CudaOps, monkeypatch: pytest.MonkeyP
     halves = step_bytes(ops, weights, context)
     assert 0.9 * plane / 2 < whole - halves <= plane / 2
     assert 2 * weights.embed.nbytes > 2.9e9  # head and soft embedding read the table once more each
+
+
+def test_a_cache_holds_what_its_tokens_need(ops: CudaOps) -> None:
+    """Rounded up to a bucket on full layers, and once: no recording has a copy."""
+    for tokens in (1024, 4096, 4352):
+        held, more = cache_bytes(ops, tokens)
+        assert held == kv_bytes(CONFIG, FORMATS[0], bucket(tokens))
+        assert held < more < 2 * held
+    assert recording_bytes(past(4096)) < 2e6
 
 
 def test_what_is_counted() -> None:

@@ -15,13 +15,12 @@ from dgemma.checkpoint import Checkpoint
 from dgemma.model import Model
 from dgemma.tiny import MODEL_DIR
 from dgemma.tokenizer import Tokenizer
-from tests.cuda.test_graphs import record_here
 
 torch = pytest.importorskip("torch")
 
-from dgemma_cuda.graphs import Graphed  # noqa: E402
 from dgemma_cuda.kernels import compiling  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
+from tests.cuda.recording import RecordingOps, record_here  # noqa: E402
 
 
 def test_slow_first_calls_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +36,7 @@ def test_slow_first_calls_are_announced(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("dgemma_cuda.ops.record_cuda", record_here)
     ops = CudaOps()
     ops.device, ops.waiting = torch.device("cuda"), waiting
+    ops.__dict__["kernels"] = True
     encode, step = ops.compile(lambda x: x), ops.compile(lambda x: (x + 1,), repeats=True)
     for _ in range(2):
         encode(torch.ones(3))
@@ -62,11 +62,10 @@ def test_kernels_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -
     compiling.watch.cache_clear()
 
 
-class SlowOps(CudaOps):
-    """Recordings on a CPU."""
+class SlowOps(RecordingOps):
+    """Recordings on a CPU that are announced as a GPU's are."""
 
-    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        return Graphed(fn, self._record) if repeats else fn
+    _record = CudaOps._record
 
 
 @pytest.mark.parametrize("live", ["--live", "--no-live"])

@@ -13,7 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -24,10 +25,6 @@ import pytest
 # Shared memory that a program may ask for, in KB, by compute capability.
 LIMITS = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 V, D = 262144, 2816
-# (causal, padded, split) of attention: a canvas behind a bucket, and a prompt of a batch. The script compiles
-# all eight with `--all`.
-USUAL = [(False, True, True), (True, True, False)]
-
 SIXTEEN = [["tt.divisibility", 16]]
 
 # How arguments of kernels are passed: what is in neither is an i32. Strides and sizes of the model are
@@ -72,18 +69,26 @@ def vocabulary_cases() -> Iterator[Case]:
             yield tag, getattr(m, name), types, choice, m.OPTIONS[name]
 
 
-def attention_cases(capability: int, flags: Iterable[tuple[bool, bool, bool]]) -> Iterator[Case]:
-    """For (causal, padded, split); the released model's groups of heads."""
+def attention_flags(C: int) -> Iterator[dict[str, bool]]:
+    """What may be launched: long prompts are windowed on sliding layers, and recorded canvases are remote."""
+    for causal, padded, split in product((False, True), repeat=3):
+        both = {"CAUSAL": causal, "PADDED": padded, "SPLIT": split}
+        for other in (False, True) if C == 256 or not causal else (False,):
+            yield both | {"WINDOWED": causal and other, "REMOTE": not causal and other}
+
+
+def attention_cases(capability: int) -> Iterator[Case]:
+    """The released model's groups of heads."""
     from dgemma_cuda.kernels import attention as m
 
     for C, group in ((512, 8), (256, 2)):
         tile = m.TILES[C, m.family(capability // 10)]
         sizes = {"REP": group, "C": C, "BM": tile.rows, "BN": tile.keys, "INTERPRET": False}
-        for causal, padded, split in flags:
-            chosen = {"CAUSAL": causal, "WINDOWED": causal and C == 256, "PADDED": padded, "SPLIT": split}
-            tag = f"_attend {C} {'causal' if causal else 'canvas'}{' padded' * padded}{' split' * split}"
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            yield tag, m._attend, {"out": "*fp32" if split else "*bf16"}, sizes | chosen, options
+        for flags in attention_flags(C):
+            types = {"out": "*fp32" if flags["SPLIT"] else "*bf16"}
+            types |= dict.fromkeys(("past_k", "past_v"), "*i64") if flags["REMOTE"] else {}
+            tag = " ".join([f"_attend {C}", *(name.lower() for name, on in flags.items() if on)])
+            yield tag, m._attend, types, sizes | flags, tile.options
         yield (
             f"_merge {C}",
             m._merge,
@@ -124,18 +129,18 @@ def compiled(case: Case, capability: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def report(flags: Iterable[tuple[bool, bool, bool]]) -> None:
-    """A line of JSON for each configuration and architecture."""
+def report(capability: int) -> list[dict[str, Any]]:
+    """Of each configuration on an architecture."""
     from dgemma_cuda.kernels import attention, vocabulary
 
     assert attention.kernel is vocabulary.kernel  # both are imported, hence all kernels marked
     vocabulary.load()
     with tempfile.TemporaryDirectory() as folder:
-        for capability in LIMITS:
-            for case in (*vocabulary_cases(), *attention_cases(capability, flags)):
-                print(json.dumps(compiled(case, capability, Path(folder))), flush=True)
+        cases = *vocabulary_cases(), *attention_cases(capability)
+        return [compiled(case, capability, Path(folder)) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_every_configuration_fits_every_architecture(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -143,7 +148,7 @@ def test_every_configuration_fits_every_architecture(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 14 * len(LIMITS)
+    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 38 * len(LIMITS)
     bad = [
         line
         for line in lines
@@ -153,4 +158,6 @@ def test_every_configuration_fits_every_architecture(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    report(list(product((False, True), repeat=3)) if "--all" in sys.argv else USUAL)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for lines in pool.map(report, LIMITS):
+            print("\n".join(map(json.dumps, lines)), flush=True)

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 from dgemma_cuda.kernels import attention as module  # noqa: E402
-from dgemma_cuda.kernels.attention import Tile, attend, attention, attention_plain  # noqa: E402
+from dgemma_cuda.kernels.attention import Remote, Tile, attend, attention, attention_plain  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 
 
@@ -174,6 +174,22 @@ def test_past_and_own_are_read_where_they_are(
     at = None if pad is None else torch.tensor(pad, device=device)
     ours = attend(q.to(device), own, past, at, causal, 12, splits)  # type: ignore[arg-type]
     close(ours.double().cpu().numpy(), expected, 1e-5, "past and own")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_remote_past(device: torch.device, splits: int, dtype: torch.dtype) -> None:
+    """Whichever context is at the addresses, in the strides of a window cut from a cache: the same bits."""
+    q, k, v = (x.to(device) for x in heads(2, 4, 2, 21, 50, 16, dtype))
+    own = k[:, :, 29:], v[:, :, 29:]
+    contexts = [(k[:, :, :29], v[:, :, :29]), (v[:, :, :29], k[:, :, :29])]
+    at = torch.zeros((2, 2), dtype=torch.int64, device=device)
+    remote = tuple(Remote(at[i], x.shape, x.stride()) for i, x in enumerate(contexts[0]))
+    pad = torch.tensor([0, 7], device=device)
+    for past in (*contexts, contexts[0]):
+        at[:, 0] = torch.tensor([x.data_ptr() for x in past])
+        expected = attend(q, own, past, pad, False, None, splits)
+        assert torch.equal(attend(q, own, remote, pad, False, None, splits), expected)  # type: ignore[arg-type]
 
 
 def test_a_pair_that_lies_apart_is_copied(device: torch.device) -> None:

@@ -11,7 +11,14 @@ from dgemma.quantized import FP8, NVFP4, Form, Quantized, affine
 
 torch = pytest.importorskip("torch")
 
-from dgemma_cuda.kernels import layout  # noqa: E402
+from dgemma_cuda.kernels import launch, layout  # noqa: E402
+from dgemma_cuda.kernels.layout import Order  # noqa: E402
+
+FORMS_AND_ORDERS = pytest.mark.parametrize(
+    ("form", "order"),
+    [*((NVFP4, order) for order in Order), (FP8, Order.SHIFTED)],
+    ids=lambda value: value.value if isinstance(value, Order) else str(value),
+)
 
 
 def random_record(
@@ -36,7 +43,7 @@ def on_torch(record: Quantized) -> Quantized:
     return record.map(torch.from_numpy)
 
 
-@pytest.mark.parametrize("form", [NVFP4, FP8], ids=str)
+@FORMS_AND_ORDERS
 @pytest.mark.parametrize("factor", ["none", "stack", "matrix", "row"])
 @pytest.mark.parametrize(
     ("shape", "rows", "parts"),
@@ -52,10 +59,10 @@ def on_torch(record: Quantized) -> Quantized:
     ],
 )
 def test_tiles_hold_what_the_record_holds(
-    shape: tuple[int, ...], rows: int, parts: int, factor: str, form: Form
+    shape: tuple[int, ...], rows: int, parts: int, factor: str, form: Form, order: Order
 ) -> None:
     record = random_record(shape, factor, form=form)
-    tiled = layout.tile(on_torch(record), rows, parts)
+    tiled = layout.tile(on_torch(record), rows, parts, order)
     # float64, then rounded once: a code times its scale has 6 bits; float32 rounds by the factor only, too.
     np.testing.assert_array_equal(
         layout.untile(tiled).numpy(), NumpyOps().dequantize(record).astype(np.float32)
@@ -70,14 +77,13 @@ def test_a_factor_that_divides_becomes_its_reciprocal() -> None:
     np.testing.assert_allclose(actual, NumpyOps().dequantize(record), rtol=2.0**-22)
 
 
-def test_no_byte_is_added_to_a_stack_of_whole_tiles() -> None:
-    record = random_record((2, 128, 192), "none")
-    tiled = layout.tile(on_torch(record), 64, 2)
-    assert tiled.words.nbytes == record.codes.nbytes
-    assert tiled.scales.nbytes == record.scales.nbytes
-    assert tiled.scales is not None and tiled.words.is_contiguous() and tiled.scales.is_contiguous()
-    record = random_record((2, 128, 192), "none", form=FP8)
-    assert layout.tile(on_torch(record), 64, 2).words.nbytes == record.codes.nbytes
+@FORMS_AND_ORDERS
+def test_no_byte_is_added_to_a_stack_of_whole_tiles(form: Form, order: Order) -> None:
+    record = random_record((2, 128, 192), "none", form=form)
+    tiled = layout.tile(on_torch(record), 64, 2, order)
+    assert tiled.words.nbytes == record.codes.nbytes and tiled.words.is_contiguous()
+    if tiled.scales is not None and record.scales is not None:
+        assert tiled.scales.nbytes == record.scales.nbytes and tiled.scales.is_contiguous()
 
 
 def test_what_has_no_tiles() -> None:
@@ -91,20 +97,41 @@ def test_what_has_no_tiles() -> None:
     assert not layout.fits(on_torch(Quantized(affine(8, 64), damaged.codes)))
 
 
-def test_chunks_of_experts_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("order", Order)
+def test_chunks_of_experts_make_no_difference(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     record = on_torch(random_record((5, 32, 64)))
-    whole = layout.tile(record, 32)
+    whole = layout.tile(record, 32, order=order)
     monkeypatch.setattr(layout, "CHUNK", 2 * 32 * 8)  # two experts at a time
-    parts = layout.tile(record, 32)
+    parts = layout.tile(record, 32, order=order)
     assert torch.equal(whole.words, parts.words)
     assert whole.scales is not None and parts.scales is not None and torch.equal(whole.scales, parts.scales)
 
 
-def test_a_scale_that_is_nan_stays_nan() -> None:
+@pytest.mark.parametrize("order", Order)
+def test_a_scale_that_is_nan_stays_nan(order: Order) -> None:
     record = random_record((1, 16, 64))
     record.scales[0, 3, 2] = 0x7F
-    values = layout.untile(layout.tile(on_torch(record), 16)).numpy()
+    values = layout.untile(layout.tile(on_torch(record), 16, order=order)).numpy()
     assert np.isnan(values[0, 3, 32:48]).all() and np.isnan(values).sum() == 16
+
+
+def test_native_tiles_are_the_bytes_of_the_record() -> None:
+    """Byte 8i + w of a block is byte i of word w."""
+    record = random_record((1, 16, 64), "none")
+    tiled = layout.tile(on_torch(record), 16, order=Order.NATIVE)
+    octets = tiled.words.numpy().view(np.uint8).reshape(16, 8, 4)
+    np.testing.assert_array_equal(octets.transpose(0, 2, 1).reshape(16, 32), record.codes[0])
+    assert tiled.scales is not None
+    np.testing.assert_array_equal(tiled.scales.numpy().view(np.uint8).reshape(16, 4), record.scales[0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "version", "expected"),
+    [(90, (3, 9), False), (100, (3, 7), False), (100, (3, 8), True), (120, (4, 0), True)],
+)
+def test_native(arch: int, version: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
+    assert launch.native(arch) == expected
 
 
 # ---- the number format of the products ------------------------------------------------------------------

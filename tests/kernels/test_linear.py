@@ -12,6 +12,7 @@ from tests.kernels.test_layout import random_record
 torch = pytest.importorskip("torch")
 
 from dgemma_cuda.kernels import linear, moe  # noqa: E402
+from dgemma_cuda.kernels.layout import Order  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 
 FORMS = pytest.mark.parametrize("form", [NVFP4, FP8], ids=str)
@@ -52,6 +53,14 @@ def test_linear(place: Any, O: int, I: int, lead: tuple[int, ...], form: Form) -
     assert ours.shape == (*lead, O)
     check(x, record, ours, "kernel")
     check(x, record, linear.linear_plain(x, tiles), "plain twin")
+
+
+def test_native_order(place: Any, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "native", lambda arch: True)
+    record = random_record((130, 80))
+    x, tiles = inputs(place, record, 9)
+    assert tiles.order is Order.NATIVE
+    check(x, record, linear.linear(x, tiles), "native")
 
 
 @FORMS
