@@ -7,8 +7,6 @@ is attention over, and memory for, at most half as many slots again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dgemma.cache import Cache
 from dgemma.graph import KV
 
@@ -30,10 +28,8 @@ class BucketCache(Cache):
     def slots(self) -> int:
         return bucket(self.length)
 
-    def append(self, new: Sequence[KV]) -> None:
-        old = self._layers or [_nothing(kv) for kv in new]
-        self.length += new[0][0].shape[2]
-        self._layers = [self._join(*pair, index) for index, pair in enumerate(zip(old, new, strict=True))]
+    def _joined(self, old: KV | None, new: KV, index: int) -> KV:
+        return self._join(_nothing(new) if old is None else old, new, index)
 
     def _with(self, layers: list[KV], length: int) -> BucketCache:
         other = type(self)(self.ops, self.config)

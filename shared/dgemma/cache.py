@@ -11,6 +11,7 @@ is independent of its origin whatever either does next.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Cache:
         self.ops, self.config = ops, config
         self.length = 0  # slots, padding included
         self.slack = config.canvas_length
-        self._layers: list[KV] = []
+        self._layers: list[Any] = []  # pairs of keys and values
 
     @property
     def slots(self) -> int:
@@ -34,14 +35,19 @@ class Cache:
         return self.length
 
     def append(self, new: Sequence[KV]) -> None:
-        """Add each layer's keys and values [B, G, n, C] behind those that are there."""
+        """Add each layer's keys and values [B, G, n, C] behind those that are there.
+
+        Layer by layer: no more than one of them is there twice, unless another cache has it.
+        """
         self.length += new[0][0].shape[2]
-        if self._layers:
-            join = self.ops.concat
-            new = [
-                (join([k, a], 2), join([v, b], 2)) for (k, v), (a, b) in zip(self._layers, new, strict=True)
-            ]
-        self._layers = [self._last(kv, self._kept(index)) for index, kv in enumerate(new)]
+        self._layers = self._layers or [None] * len(new)
+        for index, kv in enumerate(new):
+            self._layers[index] = self._joined(self._layers[index], kv, index)
+
+    def _joined(self, old: KV | None, new: KV, index: int) -> KV:
+        if old is not None:
+            new = self.ops.concat([old[0], new[0]], 2), self.ops.concat([old[1], new[1]], 2)
+        return self._last(new, self._kept(index))
 
     def read(self) -> list[KV]:
         """What a pass may see: everything on full layers, the last window − 1 slots on sliding ones."""

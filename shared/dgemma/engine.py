@@ -219,7 +219,7 @@ class _Run:
 
     def _prefill(self, tokens: list[list[int]], context: Context | None) -> Generator[Event, None, Context]:
         """Encode the prompts, with events, or the committed canvases, without; returns the context."""
-        prefill = self.model.prefill(tokens, context)
+        prefill = self.model.prefill(tokens, context, consume=True)
         while True:
             try:
                 done, total = next(prefill)

@@ -127,22 +127,31 @@ class Model:
                 progress(done, total)
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], context: Context | None = None, chunk: int = PREFILL_CHUNK
+        self,
+        tokens: Sequence[Sequence[int]],
+        context: Context | None = None,
+        chunk: int = PREFILL_CHUNK,
+        consume: bool = False,
     ) -> Generator[tuple[int, int], None, Context]:
-        """`encode` as a generator: yields (done, total) slots after every chunk, returns the context."""
+        """`encode` as a generator: yields (done, total) slots after every chunk, returns the context.
+
+        Where it may `consume` the context, which then is of no more use, keys and values are not held twice.
+        """
         rows = [self.check_tokens(row) for row in tokens]
         if not rows:
             raise PromptError("no rows of tokens to encode")
         if context is None:
-            return (yield from self._prefill_rows(rows, None, chunk))
+            return (yield from self._prefill_rows(rows, None, self.ops.cache(self.config), chunk))
         if len(rows) != len(context.lengths):
             raise PromptError(f"{len(rows)} rows of tokens for a context of {len(context.lengths)} rows")
         if len({len(row) for row in rows}) == 1:
-            return (yield from self._prefill_rows(rows, context, chunk))
+            cache = context.cache if consume else context.cache.fork()
+            return (yield from self._prefill_rows(rows, context.lengths, cache, chunk))
         # Rows end together, so rows that grow by different amounts are encoded apart and joined again.
         parts = []
         for b, row in enumerate(rows):
-            parts.append((yield from self._prefill_rows([row], context.fork([b]), chunk)))
+            one = context.fork([b])
+            parts.append((yield from self._prefill_rows([row], one.lengths, one.cache, chunk)))
         cache = parts[0].cache.merge([part.cache for part in parts[1:]])
         return Context(cache, np.concatenate([part.lengths for part in parts]))
 
@@ -157,10 +166,11 @@ class Model:
         return ids
 
     def _prefill_rows(
-        self, rows: list[np.ndarray], context: Context | None, chunk: int
+        self, rows: list[np.ndarray], before: np.ndarray | None, cache: Cache, chunk: int
     ) -> Generator[tuple[int, int], None, Context]:
+        """Append rows to a cache that holds `before` tokens of each."""
         slots = max(len(row) for row in rows)
-        lengths = np.array([len(row) for row in rows]) + (0 if context is None else context.lengths)
+        lengths = np.array([len(row) for row in rows]) + (0 if before is None else before)
         if lengths.max() > self.config.max_positions:
             raise PromptError(
                 f"{lengths.max()} tokens exceed the model's {self.config.max_positions} positions"
@@ -168,7 +178,6 @@ class Model:
         tokens = np.full((len(rows), slots), self.config.pad_id)
         for b, row in enumerate(rows):
             tokens[b, slots - len(row) :] = row
-        cache = self.ops.cache(self.config) if context is None else context.cache.fork()
         for start in range(0, slots, chunk):
             part = tokens[:, start : start + chunk]
             cache.append(self._encode(part, lengths - slots + start, cache))

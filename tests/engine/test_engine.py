@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dgemma import Committed, ConfigError, Done, Draft, Prefill, PromptError, graph, sampler
+from dgemma.cache import Cache
 from dgemma.engine import Event
 from dgemma.model import Context, Model, Step
 from dgemma.numpy_ops import NumpyOps
@@ -282,6 +283,17 @@ def test_last_canvas_is_not_encoded(model: Model, monkeypatch: pytest.MonkeyPatc
     passes.clear()
     replies(model, PROMPTS[:2], max_new_tokens=CANVAS + 1)
     assert passes == [(2, 21), (2, CANVAS)]
+
+
+def test_a_reply_never_has_its_context_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Canvases are added in place: nobody forks, which would keep what was there before."""
+
+    def fork(self: Any, rows: Any = None) -> Any:
+        raise AssertionError("the context was copied")
+
+    monkeypatch.setattr(Cache, "fork", fork)
+    (done,) = replies(model, PROMPTS[:1], max_new_tokens=3 * CANVAS)
+    assert done.stats.canvases > 1
 
 
 # ---- randomness ---------------------------------------------------------------------------------

@@ -95,6 +95,21 @@ def test_encoding_leaves_the_context_usable(model: Model) -> None:
     same(model, context, model.encode(ids), "old context")
 
 
+def test_a_context_that_may_be_consumed(model: Model) -> None:
+    """Its successor is the same, in its own cache; a fork of it is not touched."""
+    ids, more = tokens(2, 2, 30), tokens(3, 2, 9)
+    context, found = model.encode(ids), []
+    fork, expected = context.fork([0, 1]), model.encode(more, context)
+
+    def run() -> Any:
+        found.append((yield from model.prefill(more, context, chunk=4, consume=True)))
+
+    list(run())
+    assert found[0].cache is context.cache
+    same(model, found[0], expected, "consumed")
+    same(model, fork, model.encode(ids), "fork of it")
+
+
 def test_far_past_the_window(model: Model, exact: Model) -> None:
     """Forty windows of context against NumPy."""
     ids = tokens(3, 1, 480)
