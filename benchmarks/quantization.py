@@ -39,10 +39,11 @@ class Recipe:
     to: str
     preset: str = "balanced"
     settings: tuple[str, ...] = ()
+    w4a4: bool = False  # what goes into experts is quantized, too: `--dtype nvfp4`
 
     def __str__(self) -> str:
         parts = [f"--to {self.to}", *(["--preset " + self.preset] if self.preset != "balanced" else [])]
-        return " ".join(parts + [f"--set {setting}" for setting in self.settings])
+        return " ".join(parts + [f"--set {setting}" for setting in self.settings]) + ", W4A4" * self.w4a4
 
 
 FOUR = ("experts", "self_conditioning", "embed", "attention", "mlp")
@@ -58,7 +59,20 @@ RECIPES = (
     Recipe("mlx", settings=tuple(f"{name}=2bit-g32" for name in FOUR)),
     Recipe("nvfp4"),
     Recipe("nvfp4", "small"),
+    Recipe("nvfp4", w4a4=True),
 )
+
+
+def w4a4_ops() -> Any:
+    """PyTorch with what `--dtype nvfp4` makes of activations, and without its kernels."""
+    from dgemma_cuda.kernels.fp4 import quantized_plain
+    from dgemma_cuda.ops import CudaOps
+
+    class W4A4(CudaOps):
+        def expert_linear(self, x: Any, weight: Any, experts: Any) -> Any:
+            return super().expert_linear(quantized_plain(x).to(x.dtype), weight, experts)
+
+    return W4A4()
 
 
 def measure(recipe: Recipe, dest: Path, backend: str, count: int) -> dict[str, Any]:
@@ -66,7 +80,7 @@ def measure(recipe: Recipe, dest: Path, backend: str, count: int) -> dict[str, A
     plan, source = make_plan(MODEL_DIR, recipe.to, recipe.preset, recipe.settings)
     assert source is not None
     stream.convert(plan, source, dest)
-    checkpoint, ops = Checkpoint.open(dest), make_ops(backend)
+    checkpoint, ops = Checkpoint.open(dest), w4a4_ops() if recipe.w4a4 else make_ops(backend)
     weights = against.compare(checkpoint, source)["total"]
     divergence = against.logits(checkpoint, source, ops)["self_conditioned"]
     model = Model(
@@ -109,12 +123,14 @@ def head() -> str:
 @click.command(help=__doc__.partition("\n")[0] if __doc__ else None)
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Prompts a task.")
 @click.option("--backend", type=click.Choice(["cuda", "mlx", "numpy"]), default="cuda", show_default=True)
+@click.option("--only", metavar="TEXT", default="", help="Rows whose recipe has this in it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
-def main(count: int, backend: str, as_json: bool) -> None:
+def main(count: int, backend: str, only: str, as_json: bool) -> None:
     if not as_json:
         click.echo(head())
     with tempfile.TemporaryDirectory() as work:
-        rows = track(RECIPES, "measuring", console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
+        some = [recipe for recipe in RECIPES if only in str(recipe)]
+        rows = track(some, "measuring", console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
         for index, recipe in enumerate(rows):
             row = measure(recipe, Path(work) / str(index), backend, count)
             click.echo(json.dumps(row) if as_json else line(row))
