@@ -43,6 +43,7 @@ class Cache:
         self._layers = self._layers or [None] * len(new)
         for index, kv in enumerate(new):
             self._layers[index] = self._joined(self._layers[index], kv, index)
+            self.ops.settle(self._layers[index])  # lazy arrays would wait for each other
 
     def _joined(self, old: KV | None, new: KV, index: int) -> KV:
         if old is not None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .config import Config, LayerConfig
-from .ops import Ops
 from .spec import Param
+
+if TYPE_CHECKING:
+    from .ops import Ops
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 

@@ -13,6 +13,7 @@ import pytest
 import dgemma
 from dgemma import info
 from dgemma.checkpoint import Checkpoint
+from dgemma.config import read_config
 from dgemma.loading import make_ops
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
@@ -166,3 +167,25 @@ def test_a_step_stays_within_what_info_says(which: str, request: pytest.FixtureR
     taken = mx.get_peak_memory() - before
     assert taken <= 0.6 * plane + activations, (taken, plane, activations)
     assert model.ops.peak_memory() == mx.get_peak_memory()
+
+
+def test_a_commit_has_one_layer_twice() -> None:
+    """Of twelve: each is joined and let go before the next. Another context that has them keeps them."""
+    config = read_config(small(num_hidden_layers=12, layer_types=["full_attention"] * 12))
+
+    def new(slots: int) -> list[Any]:
+        shapes = [(1, layer.kv_heads, slots, layer.head_dim) for layer in config.layers]
+        return [(mx.random.normal(shape), mx.random.normal(shape)) for shape in shapes]
+
+    peaks = []
+    for shared in (False, True):
+        cache, more = make_ops("mlx").cache(config), new(16)
+        cache.append(new(8192))
+        mx.eval(more)
+        kept = cache.fork() if shared else None
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        cache.append(more)
+        peaks.append((mx.get_peak_memory() - held) / sum(k.nbytes + v.nbytes for k, v in cache.read()))
+        del kept
+    assert peaks[0] < 2 / 12 < 0.9 < peaks[1], peaks
