@@ -402,7 +402,13 @@ def start(model: Path, *args: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        preexec_fn=_listen,
     )
+
+
+def _listen() -> None:
+    """Whoever runs the tests in the background may have had interrupts ignored, which is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_an_interrupt_ends_in_one_line(model: Path) -> None:
