@@ -67,7 +67,8 @@ def decoded(codes, scales, R: tl.constexpr, G: tl.constexpr):
     codes = codes.to(tl.int32)
     low, high = e2m1(codes & 7, (codes >> 3) & 1), e2m1((codes >> 4) & 7, codes >> 7)
     values = tl.reshape(tl.join(low, high), (R, G, 16))
-    return tl.reshape(values * code_fp8(scales.to(tl.int32), 0)[:, :, None], (R, G * 16))
+    scale = tl.where(scales == 0x7F, float("nan"), code_fp8(scales.to(tl.int32), 0))
+    return tl.reshape(values * scale[:, :, None], (R, G * 16))
 
 
 @triton.jit

@@ -7,6 +7,7 @@ the same order, so that a sum does not depend on which of two in a byte comes fi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,20 @@ def test_a_product_is_that_of_the_decoded_values(interpreter: None, place: Any, 
             gate, up = (wide[expert] @ values[slot // ids.shape[1]]).chunk(2)
             wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
             close(h[row, :M].numpy(), wanted.numpy(), 1e-5, f"{name}, row {row}")
+
+
+def test_nothing_behind_a_stack_is_read(blackwell: Any) -> None:
+    """A last step that is half full ends with the stack: NaN lies behind its codes and scales."""
+    *inputs, gate_up, down = placed(layer(**CASES["a last step that is half full"]), blackwell)
+    expected = fp4.experts(*inputs, gate_up, down)
+
+    def framed(x: Any) -> Any:
+        room = torch.full((x.numel() + 4096,), 0x7F7F7F7F, dtype=torch.int32, device=x.device)
+        room[: x.numel()] = x.flatten()
+        return room[: x.numel()].view(x.shape)
+
+    stacks = [replace(w, words=framed(w.words), scales=framed(w.scales)) for w in (gate_up, down)]
+    assert torch.equal(fp4.experts(*inputs, *stacks), expected)
 
 
 @pytest.mark.parametrize("picks", [8, 40, 200])
