@@ -28,9 +28,6 @@ class BucketCache(Cache):
     def slots(self) -> int:
         return bucket(self.length)
 
-    def _joined(self, old: KV | None, new: KV, index: int) -> KV:
-        return self._join(_nothing(new) if old is None else old, new, index)
-
     def _with(self, layers: list[KV], length: int) -> BucketCache:
         other = type(self)(self.ops, self.config)
         other.length = length
@@ -39,21 +36,18 @@ class BucketCache(Cache):
 
     def _stored(self, kv: KV, index: int) -> KV:
         slots = kv[0].shape[2]
-        return kv if slots == self._size(slots, index) else self._join(_nothing(kv), kv, index)
+        return kv if slots == self._size(slots, index) else self._joined(None, kv, index)
 
     def _size(self, slots: int, index: int) -> int:
         """What a layer stores of so many slots: no padding once some are dropped, as `trim` counts them."""
         size = min(self.slots, self._kept(index) or self.slots)
         return size if slots >= self.length else min(size, slots)
 
-    def _join(self, old: KV, new: KV, index: int) -> KV:
+    def _joined(self, old: KV | None, new: KV, index: int) -> KV:
         """The last slots of both, as new arrays: views would hold all they were cut from, in its strides."""
+        k, v = new
+        old = (k[:, :, :0], v[:, :, :0]) if old is None else old
         size = self._size(old[0].shape[2] + new[0].shape[2], index)
         new = self._last(new, size)
         old = self._fit(old, size - new[0].shape[2])
         return self.ops.concat([old[0], new[0]], 2), self.ops.concat([old[1], new[1]], 2)
-
-
-def _nothing(kv: KV) -> KV:
-    """No slots, of the shape of these."""
-    return kv[0][:, :, :0], kv[1][:, :, :0]

@@ -314,13 +314,13 @@ def make(dtype: str | None, device: str | None) -> CudaOps:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        fact = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} is not usable: {fact}") from None
+        reason = str(error).splitlines()[0]
+        raise BackendError(f"device {device!r} is not usable: {reason}") from None
     if dtype is None:
         dtype = "float32" if place.type == "cpu" else "bfloat16"
     if w4a4 := dtype == "nvfp4":
-        if reason := fp4.unsupported(place):
-            raise BackendError(f"activations in NVFP4 are not possible here: {reason}")
+        if missing := fp4.unsupported(place):
+            raise BackendError(f"activations in NVFP4 are not possible here: {missing}")
         dtype = "bfloat16"
     # A soft embedding sums over the whole vocabulary: not in bfloat16, which cuBLAS may do otherwise.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

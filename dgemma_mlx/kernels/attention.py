@@ -85,12 +85,13 @@ def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, 
     rows = q.reshape(B, own[0].shape[1], 1, -1, C)  # [B, G, 1, R, C]
     size = slots(B * H * L, ops.score_bytes)
     at_once = max(1, path.at_once // (q.itemsize * B * H * L * size))
-    hidden = pad if past is not None and past[0].shape[2] else None
     total = None
+    if past is None or past[0].shape[2] == 0:  # then no slot is padding, whatever `pad` says
+        past, pad = None, None
     for start, pieces in _groups(own, past, size, at_once):
         # Evaluation is breadth first: without this edge the scores of all groups exist at once.
         x = rows if total is None else ops.after(rows, total.y)
-        new = path.weigh(ops, x, pieces, hidden, start)
+        new = path.weigh(ops, x, pieces, pad, start)
         total = path.merge(ops, total, new)
     assert total is not None
     return ops.like(total.y, q).reshape(B, H, L, C)
@@ -110,7 +111,7 @@ def slots(queries: int, most: int) -> int:
 def _groups(own: KV, past: KV | None, size: int, at_once: int) -> Iterator[tuple[int, list[KV]]]:
     """What is weighed together, with its first slot: whole pieces of the past, then its rest and `own`."""
     alone = _pieces(own, 0, own[0].shape[2], 1)
-    if past is None or past[0].shape[2] == 0:
+    if past is None:
         yield 0, [alone]
         return
     P = past[0].shape[2]

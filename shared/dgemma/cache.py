@@ -41,7 +41,8 @@ class Cache:
         """
         self.length += new[0][0].shape[2]
         self._layers = self._layers or [None] * len(new)
-        for index, kv in enumerate(new):
+        assert len(new) == len(self._layers), (len(new), len(self._layers))
+        for index, kv in enumerate(new):  # nothing else may name an old layer: it would live on
             self._layers[index] = self._joined(self._layers[index], kv, index)
             self.ops.settle(self._layers[index])  # lazy arrays would wait for each other
 

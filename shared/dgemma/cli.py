@@ -423,6 +423,9 @@ def _notice(console: Console, progress: Callable[[], str], what: str) -> Iterato
 
     From a thread, as the work is a single call; and no bar, as a live canvas may be on the screen already.
     """
+    if not console.is_terminal:
+        yield
+        return
     over, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -433,14 +436,12 @@ def _notice(console: Console, progress: Callable[[], str], what: str) -> Iterato
             console.print(f"dgemma: … {time.monotonic() - began:.0f} s{progress()}", highlight=False)
 
     teller = threading.Thread(target=tell, daemon=True)
-    if console.is_terminal:
-        teller.start()
+    teller.start()
     try:
         yield
     finally:
         over.set()
-        if console.is_terminal:
-            teller.join()
+        teller.join()
 
 
 # ---- generate: output ---------------------------------------------------------------------------

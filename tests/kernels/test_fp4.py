@@ -8,6 +8,7 @@ the same order, so that a sum does not depend on which of two in a byte comes fi
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from dgemma import loading
 from dgemma.errors import BackendError
 from dgemma.quantized import FP8, NVFP4, blocks, quantize
 from tests.compare import close
+from tests.kernels import test_moe
 from tests.kernels.test_layout import random_record
-from tests.kernels.test_moe import SMALL, Layer, layer
+from tests.kernels.test_moe import SMALL, layer
 
 torch = pytest.importorskip("torch")
 
@@ -38,12 +40,7 @@ def blackwell(place: Any) -> Any:
     return place
 
 
-def placed(part: Layer, place: Any, dtype: Any = None) -> tuple[Any, ...]:
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    records = (record.map(lambda x: torch.from_numpy(x).to(place)) for record in (part.gate_up, part.down))
-    tiles = [fp4.tile_stack(record, name) for record, name in zip(records, moe.TILE_ROWS, strict=True)]
-    x, weights, ids = (torch.from_numpy(x).to(place) for x in (part.x, part.weights, part.ids))
-    return x.to(dtype), weights, ids, *tiles
+placed = partial(test_moe.placed, kernels=fp4)
 
 
 def heavy(*shape: int, seed: int = 0) -> np.ndarray:

@@ -63,11 +63,11 @@ def layer(
     return Layer(gate_up, down, x, weights, ids)
 
 
-def placed(part: Layer, place: Any, dtype: Any = None) -> tuple[Any, ...]:
-    """x, weights, ids and the tiles on the device; float32 x where only the interpreter runs."""
+def placed(part: Layer, place: Any, dtype: Any = None, kernels: Any = moe) -> tuple[Any, ...]:
+    """x, weights, ids and the tiles of `kernels` on the device; float32 x where only the interpreter runs."""
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     records = (record.map(lambda x: torch.from_numpy(x).to(place)) for record in (part.gate_up, part.down))
-    tiles = [moe.tile_stack(record, name) for record, name in zip(records, moe.TILE_ROWS, strict=True)]
+    tiles = [kernels.tile_stack(record, name) for record, name in zip(records, moe.TILE_ROWS, strict=True)]
     x, weights, ids = (torch.from_numpy(x).to(place) for x in (part.x, part.weights, part.ids))
     return x.to(dtype), weights, ids, *tiles
 
