@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dgemma.config import read_config
-from dgemma.quantized import bf16_bits
+from dgemma.formats.quantized import bf16_bits
+from dgemma.network.config import read_config
+from dgemma.network.spec import Param, parameters
 from dgemma.released import RELEASED_DIR
-from dgemma.spec import Param, parameters
 
 SHARD_BYTES = 2_000_000_000
 TARGETS = ("mlx", "nvfp4", "bf16")

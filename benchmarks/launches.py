@@ -61,12 +61,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dgemma.checkpoint import constants
-from dgemma.config import Config, read_config, read_generation_config
+from dgemma.checkpoint.checkpoint import constants
+from dgemma.formats.quantized import Form, Quantized
 from dgemma.model import Context, Model
-from dgemma.quantized import Form, Quantized
-from dgemma.spec import Param, text_parameters
-from dgemma.weights import Weights, build
+from dgemma.network.config import Config, read_config, read_generation_config
+from dgemma.network.spec import Param, text_parameters
+from dgemma.network.weights import Weights, build
 from dgemma_convert.recipe import MLX_PRESETS, recipe
 from dgemma_mlx import verdict
 from dgemma_mlx.ops import MlxOps

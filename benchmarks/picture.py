@@ -19,7 +19,7 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 import dgemma
-from dgemma.live import View
+from dgemma.view.terminal import View
 
 PROMPT = "Extract as JSON: name Quillan, age 36, city Oslo, color green"
 # Ten times stricter than the checkpoint's: the embedded model is so sure that two steps would do.

@@ -3,7 +3,7 @@
     python benchmarks/quantization.py --count 100
 
 Converts the embedded model with each recipe, measures weights and logits against its bf16 checkpoint
-(`dgemma.against`) and asks it held-out questions with the released sampler. Steps a canvas is the price that
+(`dgemma.reports.against`) and asks it held-out questions with the released sampler. Steps a canvas is the price that
 users pay: a step takes the same time whatever it decides.
 """
 
@@ -21,13 +21,13 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from dgemma import against, info
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.loading import make_ops
 from dgemma.model import Model
+from dgemma.reports import against, info
+from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR, tasks
 from dgemma.tiny.evaluate import Score, score
-from dgemma.tokenizer import Tokenizer
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 

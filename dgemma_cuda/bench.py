@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dgemma import graph
-from dgemma.config import Config, GenerationConfig, LayerConfig
-from dgemma.info import amount, table
+from dgemma.formats.quantized import Quantized
 from dgemma.model import Context, Model
-from dgemma.quantized import Quantized
-from dgemma.weights import LayerWeights
+from dgemma.network import graph
+from dgemma.network.config import Config, GenerationConfig, LayerConfig
+from dgemma.network.weights import LayerWeights
+from dgemma.reports.info import amount, table
 
 from . import peer
 from .graphs import record_cuda

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dgemma.cache import Cache
-from dgemma.config import Config
 from dgemma.errors import BackendError
-from dgemma.ops import Array, Guess, Ops, Stored
-from dgemma.quantized import NVFP4, Quantized
+from dgemma.formats.quantized import NVFP4, Quantized
+from dgemma.network.cache import Cache
+from dgemma.network.config import Config
+from dgemma.network.ops import Array, Guess, Ops, Stored
 
 from .cache import BucketCache
 from .graphs import Graphed, Replay, record_cuda

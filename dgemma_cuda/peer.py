@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dgemma.config import Config, load_json
 from dgemma.errors import BackendError
-from dgemma.info import amount, table
+from dgemma.network.config import Config, load_json
+from dgemma.reports.info import amount, table
 
 from .ops import CudaOps
 from .synthetic import check_room

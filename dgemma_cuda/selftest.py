@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from dgemma.config import Config
-from dgemma.quantized import FP8, NVFP4, Form
-from dgemma.spec import Param
+from dgemma.formats.quantized import FP8, NVFP4, Form
+from dgemma.network.config import Config
+from dgemma.network.spec import Param
 
 from .bench import ceilings, clock
 from .graphs import Followed
@@ -176,7 +176,7 @@ def run(ops: CudaOps, config: Config, context: int = 1024) -> dict[str, Any]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The report of `run` to read."""
-    from dgemma.info import table
+    from dgemma.reports.info import table
 
     if report["ok"] is None:
         return (

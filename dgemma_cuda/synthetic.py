@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from dgemma.checkpoint import constants
-from dgemma.config import Config
+from dgemma.checkpoint.checkpoint import constants
 from dgemma.errors import BackendError
-from dgemma.info import FORMATS as FORMATS_IN_MEMORY
-from dgemma.info import amount, weight_bytes
-from dgemma.ops import Array
-from dgemma.quantized import FP8, NVFP4, Form, Quantized
-from dgemma.spec import Param, text_parameters
-from dgemma.weights import Weights, build
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
+from dgemma.network.config import Config
+from dgemma.network.ops import Array
+from dgemma.network.spec import Param, text_parameters
+from dgemma.network.weights import Weights, build
+from dgemma.reports.info import FORMATS as FORMATS_IN_MEMORY
+from dgemma.reports.info import amount, weight_bytes
 
 from .ops import CudaOps
 

@@ -29,15 +29,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dgemma import graph
-from dgemma.chat import ChatTemplate
-from dgemma.config import Config, read_config
-from dgemma.ops import Array
-from dgemma.spec import Param, text_parameters
+from dgemma.network import graph
+from dgemma.network.config import Config, read_config
+from dgemma.network.ops import Array
+from dgemma.network.spec import Param, text_parameters
+from dgemma.network.weights import build, rope_frequencies
+from dgemma.text.chat import ChatTemplate
 from dgemma.tiny import MODEL_DIR, tasks
 from dgemma.tiny import tokenizer as tiny_tokenizer
 from dgemma.tiny.geometry import CONFIG, GENERATION_CONFIG
-from dgemma.weights import build, rope_frequencies
 
 from .ops import CudaOps
 

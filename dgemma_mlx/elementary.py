@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from dgemma.ops import Array
+from dgemma.network.ops import Array
 
 # ln 2 = HIGH + LOW, of which HIGH has so few bits that its product with n is exact.
 LN2, HIGH, LOW = 0.6931471805599453, 0.693359375, -2.1219444005469057e-4

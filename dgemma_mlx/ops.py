@@ -22,9 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma.errors import BackendError
-from dgemma.ops import Array, Guess, Ops, Stored
-from dgemma.quantized import MXFP8, Quantized
-from dgemma.weights import AttentionWeights, BiasWeights, MlpWeights
+from dgemma.formats.quantized import MXFP8, Quantized
+from dgemma.network.ops import Array, Guess, Ops, Stored
+from dgemma.network.weights import AttentionWeights, BiasWeights, MlpWeights
 
 from . import elementary, simulator, verdict
 from .kernels import attention, moe, norms, plan, vocabulary

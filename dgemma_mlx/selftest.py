@@ -16,11 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dgemma.config import Config, LayerConfig, load_json, read_config
-from dgemma.quantized import Form, Quantized, affine
+from dgemma.formats.quantized import Form, Quantized, affine
+from dgemma.network.config import Config, LayerConfig, load_json, read_config
+from dgemma.network.weights import AttentionWeights, BiasWeights, rope_frequencies
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
-from dgemma.weights import AttentionWeights, BiasWeights, rope_frequencies
 
 from . import simulator, verdict
 from .kernels import attention
@@ -286,7 +286,7 @@ def _nothing(reason: str) -> dict[str, Any]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The report of `run` to read."""
-    from dgemma.info import table
+    from dgemma.reports.info import table
 
     where = "{chip}, {system}, MLX {mlx}".format(**report["device"])
     if report["ok"] is None:

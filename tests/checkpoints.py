@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.config import read_config
-from dgemma.spec import Param, parameters
+from dgemma.network.config import read_config
+from dgemma.network.spec import Param, parameters
 from dgemma.tiny import tokenizer as tiny_tokenizer
 
 # Three sliding layers and a full one, both windows shorter than a short text.

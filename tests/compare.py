@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dgemma.loading import make_ops
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Array, Ops
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Array, Ops
 
 # Distance from 1 to the next number: rounding a value moves it by half of this at most, relatively.
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}

@@ -21,10 +21,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     EntropyBoundSamplerConfig,
 )
 
-from dgemma import spec, weights
-from dgemma.config import Config, GenerationConfig, read_config
 from dgemma.model import Model
-from dgemma.ops import Ops
+from dgemma.network import spec, weights
+from dgemma.network.config import Config, GenerationConfig, read_config
+from dgemma.network.ops import Ops
 
 # Matrices this small gain nothing from a second thread, and on a busy machine wait 50 times as long for it.
 torch.set_num_threads(1)

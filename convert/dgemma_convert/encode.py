@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from dgemma.errors import CheckpointError
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Stored
-from dgemma.quantized import Quantized, bf16_bits, blocks, quantize
+from dgemma.formats.quantized import Quantized, bf16_bits, blocks, quantize
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Stored
 
 from .plan import Job, Output
 

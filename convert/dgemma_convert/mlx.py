@@ -1,4 +1,4 @@
-"""MLX: mlx-community's convention, as mlx-vlm and mlx-lm read it (layout: `dgemma.layouts.mlx`).
+"""MLX: mlx-community's convention, as mlx-vlm and mlx-lm read it (layout: `dgemma.checkpoint.layouts.mlx`).
 
 The experts' form is the default in config.json and every other quantized module has an override; modules
 that stay bfloat16 have none, which MLX understands from their lack of scales.
@@ -10,10 +10,10 @@ from collections.abc import Collection, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dgemma.layouts import Layout, module
-from dgemma.layouts.mlx import FACTOR, MlxLayout
-from dgemma.quantized import Form
-from dgemma.spec import Param
+from dgemma.checkpoint.layouts import Layout, module
+from dgemma.checkpoint.layouts.mlx import FACTOR, MlxLayout
+from dgemma.formats.quantized import Form
+from dgemma.network.spec import Param
 
 from .recipe import MLX_PRESETS
 from .target import Forms, Target

@@ -1,4 +1,4 @@
-"""nvfp4: NVIDIA ModelOpt's layout (`dgemma.layouts.modelopt`), with its two announcements.
+"""nvfp4: NVIDIA ModelOpt's layout (`dgemma.checkpoint.layouts.modelopt`), with its two announcements.
 
 `input_scale` is for engines that quantize activations to 4 bits. There is no calibration here: it is 1,
 which leaves the scale of activations to the blocks of 16; a ModelOpt source keeps its own.
@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import dgemma
-from dgemma.checkpoint import HF_QUANT_CONFIG
+from dgemma.checkpoint.checkpoint import HF_QUANT_CONFIG
+from dgemma.checkpoint.layouts import Layout, is_linear
+from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 from dgemma.errors import ConfigError
-from dgemma.layouts import Layout, is_linear
-from dgemma.layouts.modelopt import ModelOptLayout
-from dgemma.quantized import NVFP4, Form
-from dgemma.spec import Param
+from dgemma.formats.quantized import NVFP4, Form
+from dgemma.network.spec import Param
 
 from .recipe import NVFP4_PRESETS
 from .target import Forms, Target

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 import dgemma
-from dgemma.checkpoint import DTYPES, Checkpoint
-from dgemma.config import Config, load_json, read_config
+from dgemma.checkpoint.checkpoint import DTYPES, Checkpoint
+from dgemma.checkpoint.layouts import Layout, Piece, Place, Source
 from dgemma.errors import ConfigError
-from dgemma.info import FORMATS, amount, memory, table
-from dgemma.layouts import Layout, Piece, Place, Source
-from dgemma.quantized import Form
-from dgemma.spec import Param, parameters
+from dgemma.formats.quantized import Form
+from dgemma.network.config import Config, load_json, read_config
+from dgemma.network.spec import Param, parameters
+from dgemma.reports.info import FORMATS, amount, memory, table
 
 from .bf16 import Bf16Target
 from .mlx import MlxTarget

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dgemma.checkpoint.layouts import is_linear, module
 from dgemma.errors import ConfigError
-from dgemma.layouts import is_linear, module
-from dgemma.quantized import Form, parse_form
-from dgemma.spec import GROUPS, Param
+from dgemma.formats.quantized import Form, parse_form
+from dgemma.network.spec import GROUPS, Param
 
 CLASSES = tuple(group for group in GROUPS if group != "norm")
 VISION_PROJECTION = "model.encoder.embed_vision.embedding_projection"

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dgemma.checkpoint import HF_QUANT_CONFIG, INDEX, Checkpoint, Progress
-from dgemma.config import load_json
+from dgemma.checkpoint.checkpoint import HF_QUANT_CONFIG, INDEX, Checkpoint, Progress
 from dgemma.errors import CheckpointError, ConfigError
-from dgemma.info import amount
-from dgemma.ops import Stored
-from dgemma.quantized import Quantized
-from dgemma.verify import scale_findings
+from dgemma.formats.quantized import Quantized
+from dgemma.network.config import load_json
+from dgemma.network.ops import Stored
+from dgemma.reports.info import amount
+from dgemma.reports.verify import scale_findings
 
 from .encode import cut, fields, parts
 from .plan import Job, Plan, fingerprint

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dgemma.layouts import Layout
-from dgemma.quantized import Form
-from dgemma.spec import Param
+from dgemma.checkpoint.layouts import Layout
+from dgemma.formats.quantized import Form
+from dgemma.network.spec import Param
 
 from .recipe import Words
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import NVFP4, Quantized, blocks
+from dgemma.formats.quantized import NVFP4, Quantized, blocks
+from dgemma.network.numpy_ops import NumpyOps
 
 from . import moe
 from .launch import power_of_two, supported, triton_version

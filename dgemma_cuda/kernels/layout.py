@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dgemma import nvfp4
-from dgemma.quantized import FP8, NVFP4, Form, Quantized
+from dgemma.formats import nvfp4
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
 
 BLOCK = 64  # inputs a word of scales is for: the largest power of two that divides 704 and 2,816
 CHUNK = 1 << 22  # words made at a time: what bounds the temporaries

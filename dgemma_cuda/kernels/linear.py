@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dgemma.quantized import Quantized
+from dgemma.formats.quantized import Quantized
 
 from .layout import Tiled, tile, untile
 from .moe import CONFIGS, architecture, block_rows, compiled, fields, order

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dgemma.quantized import FP8, Quantized
+from dgemma.formats.quantized import FP8, Quantized
 
 from .launch import native, power_of_two
 from .layout import Order, Tiled, tile, untile

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from dgemma.ops import TRACE, Guess
+from dgemma.network.ops import TRACE, Guess
 
 from .launch import interpreted, kernel, load, power_of_two, processors
 

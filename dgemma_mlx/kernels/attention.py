@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from dgemma.ops import Array, Ops
+from dgemma.network.ops import Array, Ops
 
 from .launch import Kernel, simd_groups
 

@@ -24,8 +24,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from dgemma.ops import Ops
-from dgemma.quantized import Quantized
+from dgemma.formats.quantized import Quantized
+from dgemma.network.ops import Ops
 
 from .launch import Kernel
 from .plan import Plan, plan

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from dgemma.ops import TRACE, Array, Guess
-from dgemma.quantized import Quantized
+from dgemma.formats.quantized import Quantized
+from dgemma.network.ops import TRACE, Array, Guess
 
 from .launch import Kernel
 

@@ -9,10 +9,10 @@
 No framework is imported before a backend is asked for.
 """
 
-from .engine import Committed, Done, Draft, Event, Prefill, Stats
-from .errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
-from .loading import load
-from .model import Context, Model, Step
+from dgemma.engine.run import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
+from dgemma.loading import load
+from dgemma.model import Context, Model, Step
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """`python -m dgemma`: the `dgemma` command."""
 
-from .cli import main
+from dgemma.cli import main
 
 if __name__ == "__main__":
     main(prog_name="python -m dgemma")

@@ -21,18 +21,18 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from . import __version__
-from .errors import CheckpointError, DgemmaError, PromptError
-from .loading import BACKENDS, DTYPES
+from dgemma import __version__
+from dgemma.errors import CheckpointError, DgemmaError, PromptError
+from dgemma.loading import BACKENDS, DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .checkpoint import Checkpoint
-    from .config import GenerationConfig
-    from .engine import Done, Event
-    from .model import Model
-    from .ops import Ops
+    from dgemma.checkpoint.checkpoint import Checkpoint
+    from dgemma.engine.run import Done, Event
+    from dgemma.model import Model
+    from dgemma.network.config import GenerationConfig
+    from dgemma.network.ops import Ops
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 PATIENCE = 1.0  # seconds that work may take before anything is said about it
@@ -269,7 +269,7 @@ def generate(
 
 
 def _load(model: str | None, backend: str, dtype: str | None, device: str | None, progress: Any) -> Model:
-    from . import load
+    from dgemma import load
 
     if model is None:
         click.echo(
@@ -326,7 +326,7 @@ def _json(file: IO[str]) -> Any:
 
 def _conversation(file: IO[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """The messages and tools of a file."""
-    from .chat import check_messages
+    from dgemma.text.chat import check_messages
 
     data, tools = _json(file), None
     if isinstance(data, dict):
@@ -369,7 +369,7 @@ def _console() -> Console:
 
 
 def _is_live(live: bool | None, as_json: bool, console: Console) -> bool:
-    from .live import moves_cursor
+    from dgemma.view.terminal import moves_cursor
 
     return moves_cursor(console) and not as_json if live is None else live
 
@@ -377,8 +377,8 @@ def _is_live(live: bool | None, as_json: bool, console: Console) -> bool:
 def _watch(
     model: Model, sampler: GenerationConfig, events: Iterator[Event], rows: int, live: bool, console: Console
 ) -> list[Done]:
-    from . import Done, Prefill
-    from .live import View, follow, screen
+    from dgemma import Done, Prefill
+    from dgemma.view.terminal import View, follow, screen
 
     if live:
         return follow(events, screen(View(model.tokenizer, sampler, rows), console))
@@ -484,7 +484,7 @@ def _dtype(model: Model) -> str:
 
 
 def _stats_block(reply: Done, model: Model, rows: int, sampler: GenerationConfig) -> str:
-    from .info import amount
+    from dgemma.reports.info import amount
 
     s = reply.stats
     canvases = f"{s.canvases} canvas" + "es" * (s.canvases != 1)
@@ -514,7 +514,7 @@ def info(model: str, as_json: bool) -> None:
 
     Only config.json is needed; of a hub id nothing else is downloaded.
     """
-    from . import info as library
+    from dgemma.reports import info as library
 
     report = library.describe(model)
     click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))
@@ -552,10 +552,10 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
     dgemma verify google/diffusiongemma-26B-A4B-it
     dgemma verify ./converted --against ./original
     """
-    from . import against as comparison
-    from . import verify as library
-    from .checkpoint import resolve
-    from .loading import make_ops
+    from dgemma.checkpoint.checkpoint import resolve
+    from dgemma.loading import make_ops
+    from dgemma.reports import against as comparison
+    from dgemma.reports import verify as library
 
     folder, console = resolve(model), _console()
     # What is wrong with the other checkpoint or the backend is said before minutes of reading.
@@ -572,7 +572,7 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
 def _against(
     checkpoint: Checkpoint | None, other: Checkpoint, ops: Ops | None, console: Console
 ) -> dict[str, Any]:
-    from .against import compare, logits
+    from dgemma.reports.against import compare, logits
 
     if checkpoint is None:
         return {"skipped": "the checkpoint does not open"}
@@ -633,10 +633,9 @@ def convert(
     dgemma convert model-bf16 model-nvfp4 --to nvfp4
     dgemma convert model-bf16 --to mlx --set experts=mxfp4 --plan
     """
+    from dgemma.checkpoint.checkpoint import EVERY_FILE, resolve
     from dgemma_convert.plan import make_plan, report, text
     from dgemma_convert.stream import convert as run
-
-    from .checkpoint import EVERY_FILE, resolve
 
     if dest is None and not plan_only:
         raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
@@ -674,7 +673,7 @@ def selftest(backend: str, device: str | None, as_json: bool) -> int:
     On a Mac the Metal kernels are off until this has passed; what it finds is kept. Without a Mac they run
     in a simulator, at a small size, where there is a C++ compiler. The exit code is 1 if a kernel is wrong.
     """
-    from .loading import choose
+    from dgemma.loading import choose
 
     report: Any
     with _console().status("checking") as status:
@@ -690,9 +689,9 @@ def selftest(backend: str, device: str | None, as_json: bool) -> int:
 
 
 def _selftest_cuda(device: str | None) -> tuple[Any, str]:
-    from .config import load_json, read_config
-    from .loading import make_ops
-    from .released import RELEASED_DIR
+    from dgemma.loading import make_ops
+    from dgemma.network.config import load_json, read_config
+    from dgemma.released import RELEASED_DIR
 
     ops: Any = make_ops("cuda", None, device)
     from dgemma_cuda import selftest as library
@@ -752,10 +751,10 @@ def bench(
     Nothing is downloaded. A part's floor follows from its bytes and products and the device's measured copy
     bandwidth and matrix throughput.
     """
-    from .config import load_json, read_config
-    from .loading import make_ops
-    from .released import RELEASED_DIR
-    from .tiny import MODEL_DIR
+    from dgemma.loading import make_ops
+    from dgemma.network.config import load_json, read_config
+    from dgemma.released import RELEASED_DIR
+    from dgemma.tiny import MODEL_DIR
 
     named = {"released": RELEASED_DIR, "tiny": MODEL_DIR}
     folder = named.get(geometry, Path(geometry))

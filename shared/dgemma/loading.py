@@ -6,12 +6,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from .checkpoint import Checkpoint, resolve
-from .errors import BackendError
-from .model import Model, Progress
-from .ops import Ops
-from .tiny import MODEL_DIR
-from .tokenizer import Tokenizer
+from dgemma.checkpoint.checkpoint import Checkpoint, resolve
+from dgemma.errors import BackendError
+from dgemma.model import Model, Progress
+from dgemma.network.ops import Ops
+from dgemma.text.tokenizer import Tokenizer
+from dgemma.tiny import MODEL_DIR
 
 BACKENDS = ("auto", "mlx", "cuda", "numpy")
 DTYPES = ("float32", "bfloat16", "nvfp4")
@@ -44,7 +44,7 @@ def make_ops(backend: str = "auto", dtype: str | None = None, device: str | None
     """The `Ops` of a backend; BackendError says how to get it where it is missing."""
     backend = choose(backend, dtype, device)
     if backend == "numpy":
-        from .numpy_ops import NumpyOps
+        from dgemma.network.numpy_ops import NumpyOps
 
         return NumpyOps()
     if backend == "mlx":

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import graph, sampler
-from .cache import Cache
-from .config import Config, GenerationConfig
-from .errors import PromptError
-from .ops import Array, Guess, Ops
-from .weights import Weights
+from dgemma.engine import sampler
+from dgemma.errors import PromptError
+from dgemma.network import graph
+from dgemma.network.cache import Cache
+from dgemma.network.config import Config, GenerationConfig
+from dgemma.network.ops import Array, Guess, Ops
+from dgemma.network.weights import Weights
 
 if TYPE_CHECKING:
-    from .engine import Event
-    from .tokenizer import Tokenizer
+    from dgemma.engine.run import Event
+    from dgemma.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 Inputs = tuple[Array, Array, list[graph.KV]]  # canvas, offset, past
@@ -331,8 +332,8 @@ class Model:
     # ---- replies --------------------------------------------------------------------------------
 
     def generate(self, prompt: Sequence[Any], **options: Any) -> Iterator[Event]:
-        """Generate replies; see `dgemma.engine.generate` for the options and the events."""
-        from .engine import generate
+        """Generate replies; see `dgemma.engine.run.generate` for the options and the events."""
+        from dgemma.engine.run import generate
 
         return generate(self, prompt, **options)
 

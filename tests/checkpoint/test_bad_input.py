@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint import HUB_FILES, INDEX, Checkpoint, read_header, resolve
-from dgemma.config import read_config, read_generation_config
+from dgemma.checkpoint.checkpoint import HUB_FILES, INDEX, Checkpoint, read_header, resolve
 from dgemma.errors import CheckpointError, ConfigError, DgemmaError
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network.config import read_config, read_generation_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.spec import parameters
+from dgemma.network.weights import rope_frequencies
 from dgemma.released import RELEASED_DIR
-from dgemma.spec import parameters
-from dgemma.weights import rope_frequencies
 from tests.checkpoints import (
     SMALL,
     SMALL_GENERATION,

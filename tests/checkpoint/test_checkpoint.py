@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint import Checkpoint, Entry
-from dgemma.config import read_config, read_generation_config
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Ops, Stored
+from dgemma.checkpoint.checkpoint import Checkpoint, Entry
+from dgemma.network.config import read_config, read_generation_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops, Stored
+from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
+from dgemma.network.weights import Weights
 from dgemma.released import RELEASED_DIR
-from dgemma.spec import Param, is_skipped, parameters, text_parameters
-from dgemma.weights import Weights
 from tests.checkpoints import SMALL, SMALL_VISION, Tensor, encode, make_checkpoint, small, tame
 
 

@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 import dgemma
-from dgemma.chat import ToolCall
 from dgemma.cli import _print_reply, _progress, main
-from dgemma.engine import Done, Stats
+from dgemma.engine.run import Done, Stats
+from dgemma.text.chat import ToolCall
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dgemma import info
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
-from dgemma.config import Config, load_json, read_config
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network.config import Config, load_json, read_config
+from dgemma.network.numpy_ops import NumpyOps
 from dgemma.released import RELEASED_DIR
+from dgemma.reports import info
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dgemma.config import read_generation_config
-from dgemma.engine import Committed, Done, Draft, Event, Prefill, Stats
-from dgemma.live import (
+from dgemma.engine.run import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.network.config import read_generation_config
+from dgemma.text.tokenizer import Tokenizer
+from dgemma.tiny.tokenizer import build_tokenizer
+from dgemma.view.terminal import (
     END,
     Mark,
     PlainScreen,
@@ -22,8 +24,6 @@ from dgemma.live import (
     printable,
     screen,
 )
-from dgemma.tiny.tokenizer import build_tokenizer
-from dgemma.tokenizer import Tokenizer
 from tests.checkpoints import SMALL_GENERATION
 
 RAW = build_tokenizer()
@@ -252,7 +252,7 @@ def test_the_terminal_is_restored_when_interrupted() -> None:
 
 
 def test_drawing_neither_holds_the_engine_up_nor_falls_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgemma.live.FRAME", 0.005)
+    monkeypatch.setattr("dgemma.view.terminal.FRAME", 0.005)
     target = console(force_terminal=True)
     frames: list[int] = []
 

@@ -12,18 +12,30 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from dgemma import against, nvfp4, verify
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.layouts import Layout, Piece
+from dgemma.checkpoint.layouts.compressed import CompressedLayout
+from dgemma.checkpoint.layouts.mlx import MlxLayout
+from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 from dgemma.cli import main
-from dgemma.config import read_config
-from dgemma.layouts import Layout, Piece
-from dgemma.layouts.compressed import CompressedLayout
-from dgemma.layouts.mlx import MlxLayout
-from dgemma.layouts.modelopt import ModelOptLayout
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Stored
-from dgemma.quantized import FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine, bf16_bits, blocks, quantize
-from dgemma.spec import parameters
+from dgemma.formats import nvfp4
+from dgemma.formats.quantized import (
+    FP8,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Form,
+    Quantized,
+    affine,
+    bf16_bits,
+    blocks,
+    quantize,
+)
+from dgemma.network.config import read_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Stored
+from dgemma.network.spec import parameters
+from dgemma.reports import against, verify
 from tests.checkpoints import SMALL_VISION, Edit, Tensor, make_checkpoint, small, write_json
 
 EMBED = "model.decoder.embed_tokens.weight"

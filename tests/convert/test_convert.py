@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
-from dgemma.config import load_json
 from dgemma.errors import DgemmaError
-from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import NVFP4, Quantized
+from dgemma.formats.quantized import NVFP4, Quantized
+from dgemma.network.config import load_json
+from dgemma.network.numpy_ops import NumpyOps
 from dgemma_convert import stream
 from dgemma_convert.encode import values
 from dgemma_convert.plan import make_plan
@@ -405,8 +405,8 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path, to: str) -> None:
 
 def hollow(folder: Path, config: dict[str, Any]) -> Path:
     """A checkpoint in four shards whose weights are all zero and nowhere on the disk."""
-    from dgemma.config import read_config
-    from dgemma.spec import parameters
+    from dgemma.network.config import read_config
+    from dgemma.network.spec import parameters
 
     folder.mkdir()
     write_json(folder / "config.json", config)

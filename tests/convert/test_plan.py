@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from dgemma.errors import ConfigError
-from dgemma.quantized import MXFP4, NVFP4, Form
+from dgemma.formats.quantized import MXFP4, NVFP4, Form
+from dgemma.network.spec import Param
 from dgemma.released import RELEASED_DIR
-from dgemma.spec import Param
 from dgemma_convert.plan import Plan, make_plan, report, text
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small, write_json
 

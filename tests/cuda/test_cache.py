@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dgemma.cache import Cache
 from dgemma.model import Model
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network.cache import Cache
+from dgemma.network.numpy_ops import NumpyOps
 from tests.graph.test_context import *  # noqa: F403
 from tests.graph.test_context import SLACK
 from tests.oracle import oracle, our_model, tokens

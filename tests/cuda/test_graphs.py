@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.checkpoint import Checkpoint
-from dgemma.config import read_config
-from dgemma.engine import Done
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.engine.run import Done
+from dgemma.formats.quantized import FP8, quantize
 from dgemma.model import Context, Model, Step
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Ops
-from dgemma.quantized import FP8, quantize
+from dgemma.network.config import read_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops
 from dgemma.tiny import MODEL_DIR
 from tests.checkpoints import small
 
@@ -292,7 +292,7 @@ def test_steps_that_cannot_be_recorded_are_not(monkeypatch: pytest.MonkeyPatch) 
 
 def step_of(ops: CudaOps, soft: bool, ragged: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The step that `Model.refine` records, and arguments for it."""
-    from dgemma import graph
+    from dgemma.network import graph
 
     checkpoint = Checkpoint.open(MODEL_DIR)
     config, weights = checkpoint.config, checkpoint.load(ops)

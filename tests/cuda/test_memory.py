@@ -14,12 +14,12 @@ from weakref import finalize
 
 import pytest
 
-from dgemma import graph
-from dgemma.config import LayerConfig, load_json, read_config
-from dgemma.info import FORMATS, amount, kv_bytes
+from dgemma.formats.quantized import NVFP4, Form
 from dgemma.model import PREFILL_CHUNK
-from dgemma.quantized import NVFP4, Form
+from dgemma.network import graph
+from dgemma.network.config import LayerConfig, load_json, read_config
 from dgemma.released import RELEASED_DIR
+from dgemma.reports.info import FORMATS, amount, kv_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")

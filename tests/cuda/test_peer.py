@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from dgemma.cli import main
-from dgemma.config import load_json, read_config
 from dgemma.errors import BackendError
+from dgemma.network.config import load_json, read_config
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
 

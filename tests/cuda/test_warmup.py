@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from dgemma import cli
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.model import Model
+from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
-from dgemma.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch")
 

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma import Committed, ConfigError, Done, Draft, Prefill, PromptError, graph, sampler
-from dgemma.cache import Cache
-from dgemma.engine import Event
+from dgemma import Committed, ConfigError, Done, Draft, Prefill, PromptError
+from dgemma.engine import sampler
+from dgemma.engine.run import Event
 from dgemma.model import Context, Model, Step
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network import graph
+from dgemma.network.cache import Cache
+from dgemma.network.numpy_ops import NumpyOps
 from tests.compare import backends, make
 from tests.oracle import oracle, our_model, tokens
 

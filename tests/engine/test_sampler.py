@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dgemma.sampler import Noise, accept, row_ids
+from dgemma.engine.sampler import Noise, accept, row_ids
 
 # ---- noise --------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 import dgemma
-from dgemma.engine import Done
+from dgemma.engine.run import Done
 from dgemma.tiny import MODEL_DIR, evaluate, tasks
 
 pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason="the embedded checkpoint is not there")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dgemma import nvfp4
-from dgemma.checkpoint import Checkpoint, Stored
-from dgemma.ops import Ops
-from dgemma.quantized import AFFINE_BITS, FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
+from dgemma.checkpoint.checkpoint import Checkpoint, Stored
+from dgemma.formats import nvfp4
+from dgemma.formats.quantized import AFFINE_BITS, FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
+from dgemma.network.ops import Ops
 from tests.compare import REFERENCE, backends, make
 from tests.formats import writers
 from tests.formats.writers import CASES, E2M1, E4M3, E8M0, LAYOUTS, Written

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dgemma.checkpoint import INDEX, Checkpoint
+from dgemma.checkpoint.checkpoint import INDEX, Checkpoint
 from dgemma.errors import DgemmaError
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network.numpy_ops import NumpyOps
 from tests.checkpoints import Tensor, encode, write_json, write_raw
 from tests.formats import writers
 from tests.formats.writers import Written, entry, geometry

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint import Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.formats.quantized import Quantized
 from dgemma.model import Model
-from dgemma.ops import Ops
-from dgemma.quantized import Quantized
+from dgemma.network.ops import Ops
 from tests.compare import REFERENCE, backends, close, make
 from tests.formats import writers
 from tests.formats.writers import CASES, LAYOUTS

@@ -1,7 +1,7 @@
 """Writers of every quantized layout, from the layouts' description and not from our code.
 
-They share neither tables nor packing nor names with `dgemma.quantized`, `dgemma.nvfp4` and
-`dgemma.layouts`, so that reader and writer check each other. A writer draws codes and scales at random,
+They share neither tables nor packing nor names with `dgemma.formats.quantized`, `dgemma.formats.nvfp4` and
+`dgemma.checkpoint.layouts`, so that reader and writer check each other. A writer draws codes and scales at random,
 keeps the decoded values tame (a matrix has unit gain) and says in float64 what each parameter decodes to,
 by the definition of its format:
 
@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.config import read_config
-from dgemma.spec import Param, parameters
+from dgemma.network.config import read_config
+from dgemma.network.spec import Param, parameters
 from tests.checkpoints import SMALL_GENERATION, Tensor, encode, small, tame, write_json, write_shards
 
 # ---- number formats -----------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma import graph, weights
-from dgemma.config import FULL, SLIDING, Config, LayerConfig
-from dgemma.ops import Array, Ops
-from dgemma.spec import Param, text_parameters
+from dgemma.network import graph, weights
+from dgemma.network.config import FULL, SLIDING, Config, LayerConfig
+from dgemma.network.ops import Array, Ops
+from dgemma.network.spec import Param, text_parameters
 from tests.compare import REFERENCE, backends, close, make
 
 WINDOW, PROMPT, CANVAS, BATCH = 8, 30, 12, 2

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.cache import Cache
 from dgemma.errors import PromptError
 from dgemma.model import Context, Model
-from dgemma.numpy_ops import NumpyOps
+from dgemma.network.cache import Cache
+from dgemma.network.numpy_ops import NumpyOps
 from tests.compare import backends, close, make
 from tests.oracle import oracle, our_model, tokens
 

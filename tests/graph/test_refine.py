@@ -19,11 +19,11 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
     StableAndConfidentStoppingCriteria,
 )
 
-from dgemma import sampler
+from dgemma.engine import sampler
 from dgemma.errors import ConfigError
 from dgemma.model import Step
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Ops
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops
 from tests.compare import backends, close, make
 from tests.oracle import GENERATION, Reference, entropies, oracle, our_model, softmax, tokens
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import dgemma
-from dgemma.config import read_config
 from dgemma.model import Model
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Ops
+from dgemma.network.config import read_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops
 from tests.compare import backends, close, make
 from tests.oracle import (
     CONFIGS,

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from dgemma import nvfp4
-from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import FP8
+from dgemma.formats import nvfp4
+from dgemma.formats.quantized import FP8
+from dgemma.network.numpy_ops import NumpyOps
 from tests.kernels.test_layout import bfloat16, on_torch, random_record
 
 pytest.importorskip("torch")

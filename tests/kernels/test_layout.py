@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dgemma import nvfp4
-from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import FP8, NVFP4, Form, Quantized, affine
+from dgemma.formats import nvfp4
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized, affine
+from dgemma.network.numpy_ops import NumpyOps
 
 torch = pytest.importorskip("torch")
 

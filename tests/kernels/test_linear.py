@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.quantized import FP8, NVFP4, Form, Quantized
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
 from tests.compare import EPS, REFERENCE, close
 from tests.kernels.test_layout import random_record
 

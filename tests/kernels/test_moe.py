@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.numpy_ops import NumpyOps
-from dgemma.quantized import FP8, NVFP4, Form, Quantized, quantize
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized, quantize
+from dgemma.network.numpy_ops import NumpyOps
 from tests.compare import EPS, close
 
 torch = pytest.importorskip("torch")

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from dgemma.cli import main
-from dgemma.config import read_config
+from dgemma.network.config import read_config
 from tests.checkpoints import small
 
 torch = pytest.importorskip("torch")

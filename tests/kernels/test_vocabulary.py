@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.ops import Guess
+from dgemma.network.ops import Guess
 from tests.compare import EPS, REFERENCE, close
 
 torch = pytest.importorskip("torch")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint import Checkpoint
-from dgemma.config import read_config
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.model import Model
-from dgemma.numpy_ops import NumpyOps
-from dgemma.ops import Ops
+from dgemma.network.config import read_config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import make_checkpoint, small

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks import launches
 from benchmarks.launches import EVERY, Count, Fusion, Region, Step, trace
-from dgemma.config import read_config
-from dgemma.weights import AttentionWeights, BiasWeights
+from dgemma.network.config import read_config
+from dgemma.network.weights import AttentionWeights, BiasWeights
 from tests.checkpoints import small
 
 # Names in MLX's graph that export does not tell apart.

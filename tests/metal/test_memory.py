@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma import info
-from dgemma.checkpoint import Checkpoint
-from dgemma.config import read_config
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.loading import make_ops
+from dgemma.network.config import read_config
+from dgemma.reports import info
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from dgemma_mlx import memory

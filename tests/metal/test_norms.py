@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma.ops import Ops
+from dgemma.network.ops import Ops
 from dgemma_mlx import simulator
 from dgemma_mlx.kernels import norms
 from dgemma_mlx.ops import MlxOps

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma import graph
+from dgemma.network import graph
 from dgemma.tiny import evaluate, tasks
 from dgemma_mlx import simulator, verdict
 from dgemma_mlx.ops import MlxOps

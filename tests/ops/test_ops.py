@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.ops import Ops, Stored
-from dgemma.quantized import MXFP4, NVFP4, Form, affine, quantize
-from dgemma.weights import AttentionWeights, BiasWeights
+from dgemma.formats.quantized import MXFP4, NVFP4, Form, affine, quantize
+from dgemma.network.ops import Ops, Stored
+from dgemma.network.weights import AttentionWeights, BiasWeights
 from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
 
 BF16 = EPS["bfloat16"]

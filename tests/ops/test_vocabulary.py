@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dgemma.ops import Guess, Ops
+from dgemma.network.ops import Guess, Ops
 from tests.compare import REFERENCE, backends, close, make, pair, rounding
 
 SOFTCAP, TEMPERATURE = 30.0, 0.7

@@ -20,12 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dgemma.engine import Done
+from dgemma.engine.run import Done
 from dgemma.errors import DgemmaError
 from dgemma.loading import BACKENDS, DTYPES, load
 from dgemma.model import Model
-
-from . import tasks
+from dgemma.tiny import tasks
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config
-from .graph import KV
-from .ops import Ops
+from dgemma.network.config import Config
+from dgemma.network.graph import KV
+from dgemma.network.ops import Ops
 
 
 class Cache:

@@ -18,8 +18,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from dgemma.errors import CheckpointError
-from dgemma.quantized import Form
-from dgemma.spec import Param
+from dgemma.formats.quantized import Form
+from dgemma.network.spec import Param
 
 FLOATS = ("BF16", "F16", "F32")
 Place = tuple[int | slice, ...]
@@ -167,15 +167,15 @@ def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection
         return Layout(names)
     method = announcement.get("quant_method")
     if method == "modelopt":
-        from .modelopt import ModelOptLayout
+        from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 
         return ModelOptLayout(announcement, where, names)
     if method == "compressed-tensors":
-        from .compressed import CompressedLayout
+        from dgemma.checkpoint.layouts.compressed import CompressedLayout
 
         return CompressedLayout(announcement, where, names)
     if method in (None, "mlx") and "bits" in announcement:
-        from .mlx import MlxLayout
+        from dgemma.checkpoint.layouts.mlx import MlxLayout
 
         return MlxLayout(announcement, where, names)
     raise unsupported(where, f"quant_method {reprlib.repr(method)}")

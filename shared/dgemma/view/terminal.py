@@ -28,9 +28,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from .config import GenerationConfig
-from .engine import Committed, Done, Draft, Event, Prefill
-from .tokenizer import Tokenizer
+from dgemma.engine.run import Committed, Done, Draft, Event, Prefill
+from dgemma.network.config import GenerationConfig
+from dgemma.text.tokenizer import Tokenizer
 
 FRAME = 0.06  # seconds between two frames, and so the pace of the steps of a fast model
 BACKLOG = 24  # steps that may wait to be drawn before a frame takes more than one

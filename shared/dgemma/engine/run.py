@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from . import sampler
-from .chat import ToolCall
-from .config import GenerationConfig
-from .errors import PromptError
-from .model import Context, Model, Step
+from dgemma.engine import sampler
+from dgemma.errors import PromptError
+from dgemma.model import Context, Model, Step
+from dgemma.network.config import GenerationConfig
+from dgemma.text.chat import ToolCall
 
 
 @dataclass(frozen=True)

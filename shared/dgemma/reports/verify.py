@@ -4,7 +4,7 @@ A load checks names, types and shapes. `inspect` also looks at the values: it re
 once, in file order and in chunks, and tests bit patterns, so that nothing is decoded and memory does not
 grow with the checkpoint. Packed codes of affine and 4-bit forms are left unread: any of them is a number.
 The price: a wrong value that is finite passes, and only a checkpoint to compare with shows it
-(`dgemma.against`).
+(`dgemma.reports.against`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from . import against, info
-from .checkpoint import DTYPES, INDEX, Checkpoint, Entry, Progress, read_header, shards
-from .errors import CheckpointError, DgemmaError
-from .layouts import FLOATS, Piece
-from .ops import Stored
-from .quantized import Form
-from .spec import GROUPS, is_skipped
+from dgemma.checkpoint.checkpoint import DTYPES, INDEX, Checkpoint, Entry, Progress, read_header, shards
+from dgemma.checkpoint.layouts import FLOATS, Piece
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.formats.quantized import Form
+from dgemma.network.ops import Stored
+from dgemma.network.spec import GROUPS, is_skipped
+from dgemma.reports import against, info
 
 CHUNK = 1 << 22  # values looked at at once
 

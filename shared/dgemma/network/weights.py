@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import Config, LayerConfig
-from .spec import Param
+from dgemma.network.config import Config, LayerConfig
+from dgemma.network.spec import Param
 
 if TYPE_CHECKING:
-    from .ops import Ops
+    from dgemma.network.ops import Ops
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 

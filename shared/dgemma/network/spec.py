@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from .config import Config, LayerConfig, VisionConfig
+from dgemma.network.config import Config, LayerConfig, VisionConfig
 
 # The classes of weights that presets, memory estimates and reports speak of.
 GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning", "norm", "vision")
@@ -31,7 +31,7 @@ _SKIPPED = re.compile(
 
 @dataclass(frozen=True)
 class Param:
-    """One stored tensor. `path` is its place in `dgemma.weights`, empty for the vision tower."""
+    """One stored tensor. `path` is its place in `dgemma.network.weights`, empty for the vision tower."""
 
     name: str
     shape: tuple[int, ...]

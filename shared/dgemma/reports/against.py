@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from . import info, sampler
-from .checkpoint import Checkpoint, Progress, resolve
-from .config import Config
-from .errors import CheckpointError, DgemmaError
-from .model import Model
-from .numpy_ops import NumpyOps
-from .ops import Ops, Stored
-from .quantized import Quantized
-from .spec import GROUPS, Param, text_parameters
+from dgemma.checkpoint.checkpoint import Checkpoint, Progress, resolve
+from dgemma.engine import sampler
+from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.formats.quantized import Quantized
+from dgemma.model import Model
+from dgemma.network.config import Config
+from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops import Ops, Stored
+from dgemma.network.spec import GROUPS, Param, text_parameters
+from dgemma.reports import info
 
 CHUNK = 1 << 22  # values decoded at once
 

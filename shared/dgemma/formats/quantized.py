@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from . import nvfp4
-from .errors import ConfigError
+from dgemma.errors import ConfigError
+from dgemma.formats import nvfp4
 
 Array = Any
 

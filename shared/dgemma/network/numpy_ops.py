@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .ops import Array, Ops, Stored
+from dgemma.network.ops import Array, Ops, Stored
 
 
 class NumpyOps(Ops):

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk or on the hub -> weights that satisfy `dgemma.spec`.
+"""A Hugging Face checkpoint on disk or on the hub -> weights that satisfy `dgemma.network.spec`.
 
 safetensors headers are read here and not by the safetensors library: its NumPy side has no bfloat16,
 and its errors name neither file nor tensor. The price is a hundred lines of checks, which are also
@@ -6,7 +6,7 @@ what stands between a damaged download and the model. Every header is checked ag
 index and the configuration before the first weight is read.
 
 Values are not looked at: to scan 51 GB for NaN would double the time of a load. That is for
-`dgemma.verify`.
+`dgemma.reports.verify`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from .config import Config, GenerationConfig, load_json, read_config, read_generation_config
-from .errors import CheckpointError, ConfigError
-from .layouts import SUPPORTED, Layout, Piece, Source, detect
-from .ops import Ops, Stored
-from .quantized import Form, Quantized
-from .spec import Param, is_skipped, parameters, text_parameters
-from .weights import Weights, build, rope_frequencies
+from dgemma.checkpoint.layouts import SUPPORTED, Layout, Piece, Source, detect
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma.formats.quantized import Form, Quantized
+from dgemma.network.config import Config, GenerationConfig, load_json, read_config, read_generation_config
+from dgemma.network.ops import Ops, Stored
+from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
+from dgemma.network.weights import Weights, build, rope_frequencies
 
 __all__ = ["Checkpoint", "Entry", "Fault", "Progress", "Stored", "read_header", "resolve", "shards"]
 

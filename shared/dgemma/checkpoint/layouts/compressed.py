@@ -14,10 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dgemma.quantized import FP8, NVFP4, Form
-from dgemma.spec import Param
-
-from . import (
+from dgemma.checkpoint.layouts import (
     FLOATS,
     Layout,
     Piece,
@@ -30,6 +27,8 @@ from . import (
     strings,
     unsupported,
 )
+from dgemma.formats.quantized import FP8, NVFP4, Form
+from dgemma.network.spec import Param
 
 
 class CompressedLayout(Layout):

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, resolve
-from .config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
-from .ops import Ops
-from .quantized import Form
-from .spec import GROUPS, Param, parameters, text_parameters
+from dgemma.checkpoint.checkpoint import Checkpoint, resolve
+from dgemma.formats.quantized import Form
+from dgemma.network.config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
+from dgemma.network.ops import Ops
+from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 

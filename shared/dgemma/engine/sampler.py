@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from .config import GenerationConfig
+from dgemma.network.config import GenerationConfig
 
 
 @dataclass(frozen=True)

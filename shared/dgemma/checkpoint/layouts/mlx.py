@@ -13,11 +13,10 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from dgemma.checkpoint.layouts import FLOATS, Layout, Piece, is_linear, module
 from dgemma.errors import CheckpointError, ConfigError
-from dgemma.quantized import MXFP4, MXFP8, NVFP4, Form, affine
-from dgemma.spec import Param
-
-from . import FLOATS, Layout, Piece, is_linear, module
+from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, affine
+from dgemma.network.spec import Param
 
 _FLOATING = {"mxfp4": MXFP4, "mxfp8": MXFP8, "nvfp4": NVFP4}
 FACTOR = "weight_scale_2"

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .quantized import TABLES, Quantized
+from dgemma.formats.quantized import TABLES, Quantized
 
 if TYPE_CHECKING:
-    from .cache import Cache
-    from .config import Config
-    from .weights import AttentionWeights, BiasWeights, MlpWeights
+    from dgemma.network.cache import Cache
+    from dgemma.network.config import Config
+    from dgemma.network.weights import AttentionWeights, BiasWeights, MlpWeights
 
 Array = Any
 # What a sparse row is said to leave out at least, so that it can be told from a dense one.
@@ -210,7 +210,7 @@ class Ops:
 
     def cache(self, config: Config) -> Cache:
         """An empty cache of keys and values."""
-        from .cache import Cache
+        from dgemma.network.cache import Cache
 
         return Cache(self, config)
 
@@ -229,7 +229,7 @@ class Ops:
 
     def mlp_weights(self, gate: Array, up: Array, down: Array) -> MlpWeights:
         """The placed matrices of a dense MLP as `gated` and `linear` read them best."""
-        from .weights import MlpWeights
+        from dgemma.network.weights import MlpWeights
 
         return MlpWeights(gate, up, down)
 
@@ -298,7 +298,7 @@ class Ops:
     def dequantize(self, w: Quantized) -> Array:
         """The matrix or stack of a record, wide: code · scale (+ bias), times or by the factor.
 
-        Exact on NumPy: that is the definition of each format (`dgemma.quantized`, checkpoints.md).
+        Exact on NumPy: that is the definition of each format (`dgemma.formats.quantized`, checkpoints.md).
         """
         code_table, scale_table = TABLES[w.form.mode]
         y = self.unpack(w.codes, w.form.bits)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import PromptError
+from dgemma.errors import PromptError
 
 Message = dict[str, Any]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import tokenizers
 
-from .chat import ChatTemplate, Message, Reply, parse_reply
-from .config import load_json
-from .errors import CheckpointError, PromptError
+from dgemma.errors import CheckpointError, PromptError
+from dgemma.network.config import load_json
+from dgemma.text.chat import ChatTemplate, Message, Reply, parse_reply
 
 
 class Tokenizer:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import Config, LayerConfig
-from .ops import Array, Guess, Ops
-from .weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights, Weights
+from dgemma.network.config import Config, LayerConfig
+from dgemma.network.ops import Array, Guess, Ops
+from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights, Weights
 
 KV = tuple[Array, Array]  # keys after norm and RoPE, values: [B, G, P, C] each
 

@@ -14,10 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dgemma.quantized import NVFP4, Form
-from dgemma.spec import Param
-
-from . import (
+from dgemma.checkpoint.layouts import (
     Layout,
     Piece,
     check_experts,
@@ -29,6 +26,8 @@ from . import (
     strings,
     unsupported,
 )
+from dgemma.formats.quantized import NVFP4, Form
+from dgemma.network.spec import Param
 
 
 class ModelOptLayout(Layout):
