@@ -1,7 +1,7 @@
 """Launches, bytes and temporaries of one denoising step at the released geometry, counted and not timed.
 
-    python benchmarks/launches.py                              # ours and mlx-vlm, both formats, 1k and 128k
-    python benchmarks/launches.py --format bf16 --context 1024 --kinds
+    python -m benchmarks.launches                              # ours and mlx-vlm, both formats, 1k and 128k
+    python -m benchmarks.launches --format bf16 --context 1024 --kinds
 
 It needs no Mac and no weights: a step is traced over arrays that are never made, `mx.export_function` tells
 its primitives in the order of evaluation, and what MLX's Metal backend launches for each is a table below.
@@ -1113,7 +1113,3 @@ def main(
         print(json.dumps(rows, indent=2))
     else:
         tell(rows, Console(width=None if sys.stdout.isatty() else 140), kinds)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m benchmarks.launches`."""
+
+from benchmarks.launches import main
+
+main()
