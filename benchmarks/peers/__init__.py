@@ -1,8 +1,8 @@
 """Prefill and milliseconds a denoising step: both backends beside transformers and mlx-vlm, in one run.
 
-    python benchmarks/peers.py                                 # every engine that is installed
-    python benchmarks/peers.py -e dgemma-cuda -e transformers --context 2048 --set num_experts=64
-    python benchmarks/peers.py -e dgemma-mlx -e mlx-vlm --format plain --format 4bit \
+    python -m benchmarks.peers                                 # every engine that is installed
+    python -m benchmarks.peers -e dgemma-cuda -e transformers --context 2048 --set num_experts=64
+    python -m benchmarks.peers -e dgemma-mlx -e mlx-vlm --format plain --format 4bit \
         --dtype float32 --dtype bfloat16 --context 512 --context 4096
 
 The peers come with `pip install -e '.[mlx,cuda,bench]'`. How the numbers are made:
@@ -64,7 +64,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import random_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-m", "benchmarks.peers"]
 # Each of ours, and the peer that it is measured against.
 PAIRS = {"dgemma-cuda": "transformers", "dgemma-mlx": "mlx-vlm"}
 # The distribution that must be installed for an engine to run.
@@ -388,6 +391,12 @@ class Setting:
         return tokens.tolist(), rng.integers(0, high, (1, self.config["canvas_length"]))
 
 
+def _environment() -> dict[str, str]:
+    """For a process that finds this package from any folder."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 class Failed(click.ClickException):
     """An engine's process ended."""
 
@@ -452,8 +461,8 @@ class Worker:
 def started(name: str, setting: Setting) -> Iterator[Worker]:
     """A worker that has loaded its model."""
     options = ["--checkpoint", setting.folder, "--dtype", setting.dtype, "--device", setting.device]
-    command = [sys.executable, __file__, "--worker", name, *map(str, options)]
-    environment = dict(os.environ)
+    command = [*PROGRAM, "--worker", name, *map(str, options)]
+    environment = _environment()
     if setting.blas and name in MLX:
         environment["LD_PRELOAD"] = f"{setting.blas} {os.environ.get('LD_PRELOAD', '')}".strip()
     errors = setting.scratch / f"{name}.log"
@@ -647,15 +656,12 @@ def geometry(changes: Sequence[str]) -> dict[str, int]:
 
 
 def make_checkpoint(folder: Path, changes: Sequence[str], dtype: str) -> None:
-    """Write a random checkpoint with the tests' tame weights. Every sixth layer is full, and the last."""
-    sys.path.insert(0, str(ROOT))
-    from tests import checkpoints
-
+    """Write a random checkpoint with tame weights. Every sixth layer is full, and the last."""
     sizes = geometry(changes)
     canvas, layers = sizes.pop("canvas_length"), sizes["num_hidden_layers"]
     kinds = [FULL if i % 6 == 5 or i == layers - 1 else SLIDING for i in range(layers)]
-    config = checkpoints.small(**sizes, layer_types=kinds) | {"canvas_length": canvas}
-    checkpoints.make_checkpoint(folder, config, dtype=STORED[dtype])
+    config = random_checkpoint.small(**sizes, layer_types=kinds) | {"canvas_length": canvas}
+    random_checkpoint.make_checkpoint(folder, config, dtype=STORED[dtype])
 
 
 def _checkpoint(folder: Path, changes: Sequence[str], dtype: str, console: Console) -> None:
@@ -667,8 +673,8 @@ def _checkpoint(folder: Path, changes: Sequence[str], dtype: str, console: Conso
         return
     console.print("making a random checkpoint")
     # In a process of its own: a child inherits the high-water mark of the memory of its parent.
-    command = [sys.executable, __file__, "--make", "--checkpoint", str(folder), "--dtype", dtype]
-    subprocess.run([*command, *(f"--set={change}" for change in changes)], check=True)
+    command = [*PROGRAM, "--make", "--checkpoint", str(folder), "--dtype", dtype]
+    subprocess.run([*command, *(f"--set={change}" for change in changes)], check=True, env=_environment())
 
 
 def _folders(
@@ -781,7 +787,3 @@ def main(
         print(json.dumps(results, indent=2))
     else:
         show(results, Console(width=None if sys.stdout.isatty() else 150))
-
-
-if __name__ == "__main__":
-    main()
