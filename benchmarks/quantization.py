@@ -3,8 +3,8 @@
     python benchmarks/quantization.py --count 100
 
 Converts the embedded model with each recipe, measures weights and logits against its bf16 checkpoint
-(`dgemma.reports.against`) and asks it held-out questions with the released sampler. Steps a canvas is the price that
-users pay: a step takes the same time whatever it decides.
+(`dgemma.reports.against`) and asks it held-out questions with the released sampler. Steps a canvas is the
+price that users pay: a step takes the same time whatever it decides.
 """
 
 from __future__ import annotations

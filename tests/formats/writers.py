@@ -1,9 +1,9 @@
 """Writers of every quantized layout, from the layouts' description and not from our code.
 
 They share neither tables nor packing nor names with `dgemma.formats.quantized`, `dgemma.formats.nvfp4` and
-`dgemma.checkpoint.layouts`, so that reader and writer check each other. A writer draws codes and scales at random,
-keeps the decoded values tame (a matrix has unit gain) and says in float64 what each parameter decodes to,
-by the definition of its format:
+`dgemma.checkpoint.layouts`, so that reader and writer check each other. A writer draws codes and scales at
+random, keeps the decoded values tame (a matrix has unit gain) and says in float64 what each parameter decodes
+to, by the definition of its format:
 
     affine                     code · scale + bias
     mxfp4, mxfp8, nvfp4        code · scale (· weight_scale_2)

@@ -27,126 +27,107 @@ LIMIT = 1e-3  # a bug moves the logits by at least this, relative to the largest
 
 @dataclass(frozen=True)
 class Bug:
-    """An edit of one module of the package: `old` occurs exactly once in it."""
+    """An edit of the network's code, in which `old` occurs exactly once."""
 
-    module: str
     old: str
     new: str
 
 
 BUGS = {
     "router fed the normed stream": Bug(
-        "network/graph.py",
         "moe(run, w, y, routed)",
         "moe(run, w, y, y)",
     ),
     "encoder scalar is the decoder's": Bug(
-        "network/graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.encoder_bias, w.scalar)"
+        "(w.encoder_bias, w.encoder_scalar)", "(w.encoder_bias, w.scalar)"
     ),
     "encoder biases are the decoder's": Bug(
-        "network/graph.py", "(w.encoder_bias, w.encoder_scalar)", "(w.bias, w.encoder_scalar)"
+        "(w.encoder_bias, w.encoder_scalar)", "(w.bias, w.encoder_scalar)"
     ),
     "V after k_norm": Bug(
-        "network/ops.py",
         "self.as_heads(v, C, None, eps, None)",
         "self.as_heads(v, C, w.k_norm if w.v is None else None, eps, None)",
     ),
     "V after k_norm and RoPE": Bug(
-        "network/ops.py",
         "self.as_heads(v, C, None, eps, None)",
         "self.as_heads(v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
     ),
     "RoPE exponent over the rotated part": Bug(
-        "network/weights.py", "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
+        "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
     ),
-    "RoPE rotates every pair": Bug(
-        "network/weights.py", "np.where(pairs < layer.rope_pairs, frequencies, 0.0)", "frequencies"
-    ),
+    "RoPE rotates every pair": Bug("np.where(pairs < layer.rope_pairs, frequencies, 0.0)", "frequencies"),
     "decoder's sliding layers see the whole cache": Bug(
-        "network/cache.py",
         "self._last(kv, layer.window - 1) if layer.window else kv",
         "self._last(kv, layer.window - 1 + self.slack) if layer.window else kv",
     ),
     "decoder sees window, not window - 1": Bug(
-        "network/cache.py",
         "self._last(kv, layer.window - 1) if layer.window else kv",
         "self._last(kv, layer.window) if layer.window else kv",
     ),
     "decoder's window is a band": Bug(
-        "network/ops.py",
         "        return mask\n\n    def attention(",
         "        if not causal and window is not None:\n"
         "            mask = key > query - window if mask is None else mask & (key > query - window)\n"
         "        return mask\n\n    def attention(",
     ),
-    "encoder sees one token too many": Bug("network/ops.py", "(key > query - window)", "(key >= query - window)"),
-    "encoder without its window": Bug("network/ops.py", "mask = mask & (key > query - window)", "pass"),
-    "decoder is causal": Bug("network/graph.py", "pad, run.causal, layer.window)", "pad, True, layer.window)"),
-    "self-conditioning without its last norm": Bug(
-        "network/graph.py", "    return run.norm(e, None)", "    return e"
-    ),
+    "encoder sees one token too many": Bug("(key > query - window)", "(key >= query - window)"),
+    "encoder without its window": Bug("mask = mask & (key > query - window)", "pass"),
+    "decoder is causal": Bug("pad, run.causal, layer.window)", "pad, True, layer.window)"),
+    "self-conditioning without its last norm": Bug("    return run.norm(e, None)", "    return e"),
     "last norm only where there is a signal": Bug(
-        "network/graph.py",
         "    return run.norm(e, None)",
         "    return e if soft is None else run.norm(e, None)",
     ),
     "soft embedding without √D and norm": Bug(
-        "network/graph.py",
         "run.norm(soft * w.embed_scale, w.self_conditioning.pre_norm)",
         "soft * w.self_conditioning.pre_norm",
     ),
     "canvas embedding without √D": Bug(
-        "network/graph.py", "ops.embed(w.embed, canvas) * w.embed_scale", "ops.embed(w.embed, canvas)"
+        "ops.embed(w.embed, canvas) * w.embed_scale", "ops.embed(w.embed, canvas)"
     ),
     "prompt embedding without √D": Bug(
-        "network/graph.py", "h = ops.embed(w.embed, tokens) * w.embed_scale", "h = ops.embed(w.embed, tokens)"
+        "h = ops.embed(w.embed, tokens) * w.embed_scale", "h = ops.embed(w.embed, tokens)"
     ),
     # Leaving out the renormalisation changes no logit: the norm behind the experts cancels a token's
     # common factor. test_transformers.py compares the router's weights themselves.
     "experts weighted equally": Bug(
-        "network/ops.py",
         "weights = weights / self.sum(weights, -1, keepdims=True)",
         "weights = weights * 0.0 + 1.0 / k",
     ),
     "no per-expert scale": Bug(
-        "network/ops.py", "return weights * self.take(self.wide(expert_scale), ids), ids", "return weights, ids"
+        "return weights * self.take(self.wide(expert_scale), ids), ids",
+        "return weights, ids",
     ),
     "router without its scale": Bug(
-        "network/ops.py", "self.rms_norm(self.wide(h), router, eps)", "self.rms_norm(self.wide(h), None, eps)"
+        "self.rms_norm(self.wide(h), router, eps)", "self.rms_norm(self.wide(h), None, eps)"
     ),
-    "router without 1/√D": Bug("network/ops.py", "router, eps) * h.shape[-1] ** -0.5", "router, eps)"),
+    "router without 1/√D": Bug("router, eps) * h.shape[-1] ** -0.5", "router, eps)"),
     "experts' gate and up swapped": Bug(
-        "network/ops.py", "self.geglu(y[:, :half], y[:, half:])", "self.geglu(y[:, half:], y[:, :half])"
+        "self.geglu(y[:, :half], y[:, half:])", "self.geglu(y[:, half:], y[:, :half])"
     ),
     "scores scaled by 1/√C": Bug(
-        "network/ops.py",
         "self.transpose(self.wide(k), 0, 1, 3, 2))",
         "self.transpose(self.wide(k), 0, 1, 3, 2) * C**-0.5)",
     ),
-    "norms with 1 + weight": Bug("network/ops.py", "y = y * self.wide(weight)", "y = y * (1 + self.wide(weight))"),
+    "norms with 1 + weight": Bug("y = y * self.wide(weight)", "y = y * (1 + self.wide(weight))"),
     "no softcap": Bug(
-        "network/ops.py",
         "return self.softcap(self.wide(self.linear(h, table)), softcap)",
         "return self.wide(self.linear(h, table))",
     ),
     "V not normed": Bug(
-        "network/ops.py",
         "self.as_heads(v, C, None, eps, None)",
         "self.transpose(v.reshape(*x.shape[:2], -1, C), 0, 2, 1, 3)",
     ),
     "post-attention norms left out": Bug(
-        "network/ops.py",
         "h = h + self.rms_norm(a, post, eps)",
         "h = h + a",
     ),
-    "experts read the dense MLP's norm": Bug("network/graph.py", "moe(run, w, y, routed)", "moe(run, w, x, routed)"),
+    "experts read the dense MLP's norm": Bug("moe(run, w, y, routed)", "moe(run, w, x, routed)"),
     "experts added behind the last norm": Bug(
-        "network/ops.py",
         "(h + self.rms_norm(both, post, eps)) * scalar",
         "(h + self.rms_norm(m, post, eps) + self.rms_norm(e, post_experts, eps)) * scalar",
     ),
     "canvas positions start anew": Bug(
-        "network/graph.py",
         "_rotary(ops, w, offset, canvas.shape[1])",
         "_rotary(ops, w, offset * 0, canvas.shape[1])",
     ),
@@ -215,10 +196,10 @@ def _write_copy(folder: Path, bug: Bug | None) -> None:
     heavy = shutil.ignore_patterns("__pycache__", "*.safetensors", "tokenizer.json")
     shutil.copytree(PACKAGE, folder / "dgemma", ignore=heavy)
     if bug is not None:
-        path = folder / "dgemma" / bug.module
-        text = path.read_text(encoding="utf-8")
-        assert text.count(bug.old) == 1, f"{bug.module} has {text.count(bug.old)} times: {bug.old}"
-        path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
+        modules = sorted((folder / "dgemma" / "network").rglob("*.py"))
+        texts = {path: path.read_text(encoding="utf-8") for path in modules}
+        (found,) = [path for path, text in texts.items() for _ in range(text.count(bug.old))]
+        found.write_text(texts[found].replace(bug.old, bug.new), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,13 @@ import click
 import mlx.core as mx
 import pytest
 
-from benchmarks import launches
-from benchmarks.launches import EVERY, Count, Fusion, Region, Step, trace
+from benchmarks.launches.count import Count
+from benchmarks.launches.fusion import Fusion
+from benchmarks.launches.graph import kernel_of, trace
+from benchmarks.launches.metal import Region, as_on_metal
+from benchmarks.launches.ours import EVERY, TracedOps, ours
+from benchmarks.launches.report import MEGABYTE, counted
+from benchmarks.launches.step import FORMATS, Step
 from dgemma.network.config import read_config
 from dgemma.network.weights import AttentionWeights, BiasWeights
 from tests.checkpoints import small
@@ -49,10 +54,10 @@ def fused_here(function: Callable[..., Any], arrays: list[mx.array]) -> Counter[
     return Counter("Compiled" + "".join(x.name for x in node.inner) for node in nodes if node.inner)
 
 
-@pytest.mark.parametrize("form", launches.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("context", [9, 100])
 def test_a_step_is_fused_as_mlx_fuses_it(form: str, context: int, tmp_path: Path) -> None:
-    step = launches.ours(context, form, raw=small())
+    step = ours(context, form, raw=small())
     wanted = fused_by_mlx(step.function, step.arrays, tmp_path / "graph.dot")
     assert wanted.total() > 50
     assert fused_here(step.function, step.arrays) == wanted
@@ -143,14 +148,14 @@ def test_an_operation_without_a_rule_is_an_error() -> None:
 # ---- the step of the released model -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=launches.FORMATS)
+@pytest.fixture(scope="module", params=FORMATS)
 def steps(request: pytest.FixtureRequest) -> dict[bool, Count]:
     """By whether our kernels run; neither evaluates anything."""
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     kernels = {False: frozenset[str](), True: EVERY}
-    counts = {on: launches.ours(1024, request.param, names).count() for on, names in kernels.items()}
-    assert mx.get_peak_memory() - before < 10 * launches.MEGABYTE
+    counts = {on: ours(1024, request.param, names).count() for on, names in kernels.items()}
+    assert mx.get_peak_memory() - before < 10 * MEGABYTE
     return {on: got for on, (got, _) in counts.items()}
 
 
@@ -160,15 +165,15 @@ def test_kernels_multiply_as_much_and_launch_less(steps: dict[bool, Count]) -> N
     assert steps[True].read < steps[False].read
 
 
-@pytest.mark.parametrize("form", launches.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_q_k_and_v_are_one_launch(form: str) -> None:
     """Of a layer, behind one product, which there is without the kernel, too."""
     raw, made = small(), []
     for kernels in (EVERY, EVERY - {"heads"}):
-        step = launches.ours(9, form, kernels, raw)
-        with launches.as_on_metal():
+        step = ours(9, form, kernels, raw)
+        with as_on_metal():
             nodes = trace(step.function, *step.arrays).nodes
-        made.append(Counter(launches.kernel_of(node) or node.name for node in nodes))
+        made.append(Counter(kernel_of(node) or node.name for node in nodes))
     with_it, without = made
     assert with_it["dgemma_heads"] == len(read_config(raw).layers) and not without["dgemma_heads"]
     for product in ("Matmul", "QuantizedMatmul"):
@@ -179,7 +184,7 @@ def test_q_k_and_v_are_one_launch(form: str) -> None:
 @pytest.mark.parametrize("own_v", [True, False])
 def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
     """Where the encoder ends: of stacked matrices the rows of k and v only."""
-    C, D, L, ops = 8, 64, 5, launches.Metal(EVERY)
+    C, D, L, ops = 8, 64, 5, TracedOps(EVERY)
     q, k, v = (zeros(heads * C, D) for heads in (4, 2, 2))
     norm, turn = zeros(C), zeros(1, 1, L, C // 2)
     w = ops.attention_weights(AttentionWeights(q, k, None, norm, norm, v if own_v else None), biased=False)
@@ -194,10 +199,10 @@ def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
 
 def test_no_array_is_large(steps: dict[bool, Count]) -> None:
     for got in steps.values():
-        assert got.largest <= 64 * launches.MEGABYTE, got.what
+        assert got.largest <= 64 * MEGABYTE, got.largest_is
 
 
-@pytest.mark.parametrize("form", launches.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_table_is_read_twice(form: str) -> None:
-    row = launches.measure("dgemma-mlx+gather", 1024, form)
+    row = counted("dgemma-mlx+gather", 1024, form)
     assert row["table_reads"] == pytest.approx(2)

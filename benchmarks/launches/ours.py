@@ -1,0 +1,99 @@
+"""Our step: `Model.refine` on the MLX backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.launches.graph import Shape
+from benchmarks.launches.step import Step, arrays_of, mapped, released
+from dgemma.checkpoint.checkpoint import constants
+from dgemma.formats.quantized import Form, Quantized
+from dgemma.model import Context, Model
+from dgemma.network.config import Config, read_config, read_generation_config
+from dgemma.network.spec import Param, text_parameters
+from dgemma.network.weights import Weights, build
+from dgemma_convert.recipe import MLX_PRESETS, recipe
+from dgemma_mlx import verdict
+from dgemma_mlx.ops import MlxOps
+
+EVERY = frozenset(verdict.KERNELS)
+
+
+class TracedOps(MlxOps):
+    """As on an Apple GPU, in bfloat16, but what is read by the host is only kept."""
+
+    def __init__(self, kernels: frozenset[str]):
+        with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
+            super().__init__(mx.bfloat16, kernels)
+        self.read: list[mx.array] = []
+
+    def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
+        return fn  # `Step.compiled` says it
+
+    def settle(self, arrays: Any) -> None:
+        """There are no values."""
+
+    def to_numpy(self, x: mx.array) -> np.ndarray:
+        self.read.append(x)
+        return np.zeros(x.shape, np.float32)
+
+
+def ours(
+    context: int, form: str, kernels: frozenset[str] = frozenset(), raw: dict[str, Any] | None = None
+) -> Step:
+    """A step of `Model.refine`, over a cache of `context` tokens and the last step's soft embedding.
+
+    `raw` is the dictionary of config.json, by default the released one.
+    """
+    given_config, settings = released()
+    config = read_config(raw or given_config)
+    generation = read_generation_config(settings, config.vocab_size)
+    ops = TracedOps(kernels)
+    weights = blank_weights(ops, config, form)
+    canvas, ids = config.canvas_length, np.zeros((1, config.canvas_length), np.int64)
+    caches = [
+        tuple(mx.zeros((1, layer.kv_heads, context, layer.head_dim), ops.dtype) for _ in "kv")
+        for layer in config.layers
+    ]
+    soft = mx.zeros((1, canvas, config.hidden_size), ops.dtype)
+    given = (weights, caches, soft)
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        source = iter(arrays)
+        weights, caches, soft = mapped(given, lambda _: next(source))
+        model = Model(ops, config, generation, weights, None)
+        cache = ops.cache(config)
+        cache.append(caches)
+        step = model.refine(Context(cache, np.array([context])), ids, soft, 0.5, np.zeros(ids.shape), ids)
+        return [ops.read.pop(), step.soft]
+
+    arrays, table = arrays_of(given), {id(x) for x in arrays_of(weights.embed)}
+    return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=True)
+
+
+def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:
+    """Weights of the released shapes, as loading would leave them."""
+    table = text_parameters(config)
+    forms = recipe(MLX_PRESETS["balanced"] if form == "4bit" else {}, [], table, ["affine"])
+
+    def leaf(param: Param) -> Any:
+        wide = param.group == "router"  # decoded when it is loaded
+        own = None if wide else forms.form(param)
+        if own is None:
+            return mx.zeros(param.shape, mx.float32 if wide else ops.dtype)
+        record = blank_record(param.shape, own, ops.dtype)
+        return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
+
+    with mock.patch.object(mx, "eval"):
+        return build(config, table, leaf, constants(config, ops), ops)
+
+
+def blank_record(shape: Shape, form: Form, dtype: mx.Dtype) -> Quantized:
+    codes = mx.zeros((*shape[:-1], shape[-1] * form.bits // 8), mx.uint8)
+    scales, biases = (mx.zeros((*shape[:-1], shape[-1] // form.group), dtype) for _ in range(2))
+    return Quantized(form, codes, scales, biases)
