@@ -25,9 +25,9 @@ try:
     import torch
     import triton
 
+    import benchmarks.tiny.evaluate
     import dgemma.cli
     import dgemma_cuda.selftest
-    import dgemma.tiny.evaluate
 except ImportError as error:
     sys.exit(f"gpu_check: {error}")
 if not torch.cuda.is_available():
@@ -105,7 +105,7 @@ PYTHON
 step selftest 150 "$python" -m dgemma selftest --backend cuda --json
 step bench-nvfp4 150 "${bench[@]}"
 step recorded-and-eager 90 "${pytest[@]}" tests/cuda/test_graphs.py -m cuda
-step tiny 60 "$python" -m dgemma.tiny.evaluate --backend cuda --count 32
+step tiny 60 "$python" -m benchmarks.tiny.evaluate --backend cuda --count 32
 step bench-bf16 150 "${bench[@]}" --format bf16
 # Without the mode for which transformers compiles for minutes; its 16-bit weights need 56 GB.
 step against-transformers 180 "$python" -c '

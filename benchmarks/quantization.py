@@ -21,12 +21,13 @@ import click
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.tiny import tasks
+from benchmarks.tiny.evaluate import Score, score
 from dgemma import against, info
 from dgemma.checkpoint import Checkpoint
 from dgemma.loading import make_ops
 from dgemma.model import Model
-from dgemma.tiny import MODEL_DIR, tasks
-from dgemma.tiny.evaluate import Score, score
+from dgemma.tiny import MODEL_DIR
 from dgemma.tokenizer import Tokenizer
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan

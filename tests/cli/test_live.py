@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.tiny.tokenizer import build_tokenizer
 from dgemma.config import read_generation_config
 from dgemma.engine import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.live import (
@@ -22,7 +23,6 @@ from dgemma.live import (
     printable,
     screen,
 )
-from dgemma.tiny.tokenizer import build_tokenizer
 from dgemma.tokenizer import Tokenizer
 from tests.checkpoints import SMALL_GENERATION
 
