@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .checkpoint import Checkpoint
-    from .config import GenerationConfig
+    from .config import Config, GenerationConfig
     from .engine import Done, Event
     from .model import Model
     from .ops import Ops
@@ -725,11 +725,6 @@ def _selftest_cuda(device: str | None) -> tuple[Any, str]:
     "--skew", type=_Number(0), default=0.0, show_default=True, help="How unevenly experts are picked."
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps to time.")
-@click.option(
-    "--against",
-    type=click.Choice(["transformers"]),
-    help="Time its steps, too: the same geometry, random weights, none quantized.",
-)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of activations.")
 @click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -742,7 +737,6 @@ def bench(
     rows: int,
     skew: float,
     steps: int,
-    against: str | None,
     dtype: str | None,
     device: str | None,
     as_json: bool,
@@ -752,18 +746,22 @@ def bench(
     Nothing is downloaded. A part's floor follows from its bytes and products and the device's measured copy
     bandwidth and matrix throughput.
     """
-    from .config import load_json, read_config
     from .loading import make_ops
-    from .released import RELEASED_DIR
-    from .tiny import MODEL_DIR
 
-    named = {"released": RELEASED_DIR, "tiny": MODEL_DIR}
-    folder = named.get(geometry, Path(geometry))
-    config = read_config(load_json(folder / "config.json"), str(folder / "config.json"))
+    _, config = read_geometry(geometry)
     ops: Any = make_ops(backend, dtype, device)
     from dgemma_cuda import bench as library
 
-    peer = folder if against else None
     with _console().status("starting") as status:
-        report = library.run(ops, config, form, context, rows, skew, steps, status.update, peer)
+        report = library.run(ops, config, form, context, rows, skew, steps, status.update)
     click.echo(json.dumps(report) if as_json else library.text(report))
+
+
+def read_geometry(name: str) -> tuple[Path, Config]:
+    """The folder and the config of "released", of "tiny", or of a folder with a config.json."""
+    from .config import load_json, read_config
+    from .released import RELEASED_DIR
+    from .tiny import MODEL_DIR
+
+    folder = {"released": RELEASED_DIR, "tiny": MODEL_DIR}.get(name, Path(name))
+    return folder, read_config(load_json(folder / "config.json"), str(folder / "config.json"))
