@@ -64,7 +64,7 @@ def make_source(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
         if sum(2 * p.size for p in shards[-1]) + 2 * param.size > SHARD_BYTES:
             shards.append([])
         shards[-1].append(param)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(track(shards, "making the source", console=Console(stderr=True))):
         name = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
         write_shard(folder / name, shard, block)

@@ -25,9 +25,9 @@ try:
     import torch
     import triton
 
+    import benchmarks.tiny.evaluate
     import dgemma.cli
     import dgemma_cuda.selftest
-    import dgemma.tiny.evaluate
 except ImportError as error:
     sys.exit(f"gpu_check: {error}")
 if not torch.cuda.is_available():
@@ -85,6 +85,7 @@ step() {
 
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 bench=("$python" -m dgemma bench --random-weights --json)
+against=("$python" -m benchmarks.bench_transformers --random-weights --json)
 if "$python" -c 'import xdist' 2>/dev/null; then many=(-n 8); else many=(); fi
 
 step machine 30 "$python" - <<'PYTHON'
@@ -105,14 +106,10 @@ PYTHON
 step selftest 150 "$python" -m dgemma selftest --backend cuda --json
 step bench-nvfp4 150 "${bench[@]}"
 step recorded-and-eager 90 "${pytest[@]}" tests/cuda/test_graphs.py -m cuda
-step tiny 60 "$python" -m dgemma.tiny.evaluate --backend cuda --count 32
+step tiny 60 "$python" -m benchmarks.tiny.evaluate --backend cuda --count 32
 step bench-bf16 150 "${bench[@]}" --format bf16
 # Without the mode for which transformers compiles for minutes; its 16-bit weights need 56 GB.
-step against-transformers 180 "$python" -c '
-from dgemma.cli import main
-from dgemma_cuda import peer
-del peer.MODES[peer.COMPILED]
-main(prog_name="dgemma")' bench --random-weights --json --against transformers
+step against-transformers 180 "${against[@]}" --no-compiled
 step kernel-tests 240 "${pytest[@]}" "${many[@]}" tests/kernels --ignore tests/kernels/test_aot.py \
     --ignore tests/kernels/test_aot_vocabulary.py
 step bench-8-rows 120 "${bench[@]}" --rows 8
@@ -126,5 +123,5 @@ if command -v compute-sanitizer >/dev/null; then
     step sanitizer 120 compute-sanitizer --error-exitcode 9 "${pytest[@]}" tests/kernels/test_moe.py \
         -k "odd_sizes or whole"
 fi
-step against-transformers-compiled 540 "${bench[@]}" --against transformers
+step against-transformers-compiled 540 "${against[@]}"
 collect

@@ -21,13 +21,14 @@ import click
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.tiny import tasks
+from benchmarks.tiny.evaluate import Score, score
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.loading import make_ops
 from dgemma.model import Model
 from dgemma.reports import against, info
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.tiny import MODEL_DIR, tasks
-from dgemma.tiny.evaluate import Score, score
+from dgemma.tiny import MODEL_DIR
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tiny import tokenizer as tiny_tokenizer
 from dgemma.network.config import read_config
 from dgemma.network.spec import Param, parameters
-from dgemma.tiny import tokenizer as tiny_tokenizer
 
 # Three sliding layers and a full one, both windows shorter than a short text.
 SMALL: dict[str, Any] = {

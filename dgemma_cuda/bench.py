@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from dgemma.network.config import Config, GenerationConfig, LayerConfig
 from dgemma.network.weights import LayerWeights
 from dgemma.reports.info import amount, table
 
-from . import peer
 from .graphs import record_cuda
 from .ops import CudaOps
 from .synthetic import FORMATS, check_room, random_weights
@@ -213,6 +211,7 @@ def prepare(
     return Bench(ops, model, encoded, hidden, canvas, ops.embed(weights.embed, ops.asarray(canvas)))
 
 
+@torch.inference_mode()
 def run(
     ops: CudaOps,
     config: Config,
@@ -222,27 +221,8 @@ def run(
     skew: float = 0.0,
     steps: int = 20,
     say: Progress = lambda _: None,
-    against: Path | None = None,
 ) -> dict[str, Any]:
-    """The whole report, ready for JSON. `say` is told what is under way.
-
-    `against` is the folder of a config.json on which transformers is timed, too, after our model is gone.
-    """
-    if against is not None:
-        peer.library()  # that it is missing is said before minutes of work
-    with torch.inference_mode():
-        report = _measure(ops, config, form, context, rows, skew, steps, say)
-    if against is not None:
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, context))
-        ours = report["step_ms"]["median"]
-        report["against"] = peer.compare(ops, against, config, tokens, steps, ours, say)
-    return report
-
-
-def _measure(
-    ops: CudaOps, config: Config, form: str, context: int, rows: int, skew: float, steps: int, say: Progress
-) -> dict[str, Any]:
-    """The report on our model, which does not outlive this call."""
+    """The whole report, ready for JSON. No model outlives this; `say` is told what is under way."""
     check_room(ops, config, form)
     say("making random weights")
     bench = prepare(ops, config, form, context, rows, skew)
@@ -310,5 +290,4 @@ def text(report: Mapping[str, Any]) -> str:
         f"tokens/s by tokens a forward: {rates}",
         f"memory: weights {amount(report['weight_bytes'])}, peak {amount(report['peak_memory'])}",
     ]
-    beside = ["", peer.text(report["against"], report["format"])] if "against" in report else []
-    return "\n".join([head, "", *table(rows), "", *tail, *beside])
+    return "\n".join([head, "", *table(rows), "", *tail])

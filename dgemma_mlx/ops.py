@@ -26,7 +26,7 @@ from dgemma.formats.quantized import MXFP8, Quantized
 from dgemma.network.ops import Array, Guess, Ops, Stored
 from dgemma.network.weights import AttentionWeights, BiasWeights, MlpWeights
 
-from . import elementary, simulator, verdict
+from . import elementary, verdict
 from .kernels import attention, moe, norms, plan, vocabulary
 from .memory import limits
 
@@ -60,11 +60,9 @@ class MlxOps(Ops):
 
     @property
     def kernels(self) -> frozenset[str]:
-        """Composites that a Metal kernel replaces; all of them while the simulator stands in for Metal."""
+        """Composites that a Metal kernel replaces."""
         if self._kernels is not None:
             return self._kernels
-        if simulator.active():
-            return frozenset(verdict.KERNELS)
         return verdict.enabled() if self.on_gpu else frozenset()
 
     def asarray(self, x: np.ndarray) -> Array:

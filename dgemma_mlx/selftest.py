@@ -1,8 +1,7 @@
 """The Metal kernels on this machine, each against plain MLX: right, and how fast; the verdict is kept.
 
-On a Mac this runs at the released sizes, and a kernel is switched on if it is right in both number formats
-and no slower than MLX's own operations. Elsewhere the kernels run in the simulator at the embedded model's
-sizes, which says whether they are right, and nothing of speed or of Apple's compiler.
+It runs on a Mac only, at the released sizes. A kernel is switched on if it is right in both number formats
+and no slower than MLX's own operations.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from dgemma.formats.quantized import Form, Quantized, affine
 from dgemma.network.config import Config, LayerConfig, load_json, read_config
 from dgemma.network.weights import AttentionWeights, BiasWeights, rope_frequencies
 from dgemma.released import RELEASED_DIR
-from dgemma.tiny import MODEL_DIR
 
-from . import simulator, verdict
+from . import verdict
 from .kernels import attention
 from .ops import MlxOps
 
@@ -197,7 +195,7 @@ def check(case: Case, dtype: mx.Dtype, timed: bool) -> Check:
     fixed = (case.kernel, case.what, name)
     try:
         error = difference(case.call(on), case.call(off))
-    except (RuntimeError, ValueError, simulator.SimulatorError) as broken:
+    except (RuntimeError, ValueError) as broken:
         return Check(*fixed, None, BOUNDS[dtype], broken=str(broken).strip().splitlines()[0][:200])
     if not timed:
         return Check(*fixed, error, BOUNDS[dtype])
@@ -231,17 +229,14 @@ Progress = Callable[[str], None]
 
 
 def run(progress: Progress = lambda what: None) -> dict[str, Any]:
-    """The whole report, ready for JSON; `ok` is None where nothing could be checked. On a Mac it is kept."""
+    """The whole report, ready for JSON, and kept; `ok` is None where nothing could be checked."""
     if not hasattr(mx.fast, "metal_kernel"):
         return _nothing("MLX {mlx} has no custom kernels".format(**verdict.machine()))
-    if on_metal():
-        report = _report(_checks(RELEASED_DIR, 1024, True, progress), None)
-        report["kept"] = str(verdict.write(report["off"]))
-        return report
-    if reason := simulator.available():
-        return _nothing(reason)
-    with simulator.installed():
-        return _report(_checks(MODEL_DIR, 40, False, progress), "no Metal here: simulated at a small size")
+    if not on_metal():
+        return _nothing("there is no Metal device here")
+    report = _report(_checks(RELEASED_DIR, 1024, True, progress))
+    report["kept"] = str(verdict.write(report["off"]))
+    return report
 
 
 def on_metal() -> bool:
@@ -260,13 +255,13 @@ def _checks(folder: Any, context: int, timed: bool, progress: Progress) -> list[
     return done
 
 
-def _report(done: list[Check], unchecked: str | None) -> dict[str, Any]:
+def _report(done: list[Check]) -> dict[str, Any]:
     off = {name: _fault([c for c in done if c.kernel == name]) for name in verdict.KERNELS}
     wrong = [c for c in done if c.fault and not c.fault.startswith("slower")]
     return {
         "device": verdict.machine(),
         "ok": not wrong,
-        "why": unchecked,
+        "why": None,
         "checks": [asdict(item) | {"fault": item.fault} for item in done],
         "off": off,
     }
@@ -301,8 +296,6 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def _conclusion(report: Mapping[str, Any]) -> list[str]:
-    if report["why"]:
-        return [f"Speed and Apple's compiler were not checked: {report['why']}."]
     on = [name for name, why in report["off"].items() if why is None]
     lines = [f"On from now on: {', '.join(on) or 'none'}."]
     return lines + [f"Off: {name}, {why}." for name, why in report["off"].items() if why is not None]

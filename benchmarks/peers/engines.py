@@ -113,12 +113,12 @@ class DgemmaMlx(Dgemma):
 
 
 class Transformers(Engine):
-    """`generate` with a streamer that is shown every draft, as `dgemma_cuda.peer` drives it."""
+    """`generate` with a streamer that is shown every draft, as `benchmarks.bench_transformers` drives it."""
 
     def __init__(self, folder: Path, dtype: str, device: str):
         import torch
 
-        from dgemma_cuda import peer
+        from benchmarks import bench_transformers as peer
 
         self.torch, self.peer = torch, peer.Transformers.load(folder, dtype, device)
 

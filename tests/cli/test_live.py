@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.tiny.tokenizer import build_tokenizer
 from dgemma.engine.run import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.network.config import read_generation_config
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.tiny.tokenizer import build_tokenizer
 from dgemma.view.terminal import (
     END,
     Mark,

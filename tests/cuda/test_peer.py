@@ -1,5 +1,6 @@
 """transformers as the bench's peer, on a CPU and the embedded model's geometry."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dgemma.cli import main
 from dgemma.errors import BackendError
 from dgemma.network.config import load_json, read_config
 from dgemma.released import RELEASED_DIR
@@ -16,9 +16,9 @@ from dgemma.tiny import MODEL_DIR
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from dgemma_cuda import peer  # noqa: E402
+from benchmarks import bench_transformers as peer  # noqa: E402
+from benchmarks.bench_transformers import COMPILED, DEFAULT, Transformers  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
-from dgemma_cuda.peer import COMPILED, DEFAULT, Transformers  # noqa: E402
 
 TINY = read_config(load_json(MODEL_DIR / "config.json"))
 CPU = torch.device("cpu")
@@ -102,6 +102,17 @@ def test_transformers_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command() -> None:
     args = ["--geometry", "tiny", "--random-weights", "--context", "20", "--steps", "2", "--device", "cpu"]
-    shown = CliRunner().invoke(main, ["bench", *args, "--against", "transformers"])
+    shown = CliRunner().invoke(peer.main, args)
     assert shown.exit_code == 0, shown.stderr
-    assert "ours ÷ its" in shown.stdout
+    assert "tokens/s by tokens a forward" in shown.stdout and "ours ÷ its" in shown.stdout
+    assert f"{COMPILED}: not timed" in shown.stdout
+    report = json.loads(CliRunner().invoke(peer.main, [*args, "--no-compiled", "--json"]).stdout)
+    assert report["format"] == "nvfp4" and list(report["against"]["modes"]) == [DEFAULT]
+    ours, its = report["step_ms"]["median"], report["against"]["modes"][DEFAULT]
+    assert its["ratio"] == ours / its["step_ms"]["median"]
+
+
+def test_the_commands_errors_are_one_line() -> None:
+    wrong = CliRunner().invoke(peer.main, ["--random-weights", "--geometry", "/nowhere", "--device", "cpu"])
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (1, 1)
+    assert CliRunner().invoke(peer.main, ["--geometry", "tiny"]).exit_code == 2  # no --random-weights

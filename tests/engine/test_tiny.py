@@ -5,8 +5,9 @@ from importlib.util import find_spec
 import pytest
 
 import dgemma
+from benchmarks.tiny import evaluate, tasks
 from dgemma.engine.run import Done
-from dgemma.tiny import MODEL_DIR, evaluate, tasks
+from dgemma.tiny import MODEL_DIR
 
 pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason="the embedded checkpoint is not there")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from dgemma_mlx import simulator
+from tests.metal import simulator
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from dgemma.network.ops import Ops
-from dgemma_mlx import simulator
 from dgemma_mlx.kernels import attention
 from dgemma_mlx.kernels.attention import (
     Path,
@@ -26,6 +25,7 @@ from dgemma_mlx.kernels.attention import (
 )
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
+from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 

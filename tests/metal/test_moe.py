@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
-from dgemma_mlx import simulator
 from dgemma_mlx.kernels import moe
 from dgemma_mlx.kernels.plan import plan, plan_plain
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
+from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 

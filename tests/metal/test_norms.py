@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dgemma.network.ops import Ops
-from dgemma_mlx import simulator
 from dgemma_mlx.kernels import norms
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
+from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 

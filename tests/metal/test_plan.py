@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx import simulator
 from dgemma_mlx.kernels.plan import Plan, plan, plan_plain, route, route_plain
 from tests.compare import REFERENCE, close
+from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 

@@ -1,8 +1,9 @@
-"""`dgemma selftest` for MLX: what it finds simulated, on a Mac (imitated), and where nothing can run."""
+"""`dgemma selftest` for MLX: what it finds on a Mac (imitated), and where nothing can run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from click.testing import CliRunner
 
 from dgemma.cli import main
 from dgemma.tiny import MODEL_DIR
-from dgemma_mlx import selftest, simulator, verdict
+from dgemma_mlx import selftest, verdict
 from dgemma_mlx.kernels import norms
+from tests.metal import simulator
 
 
 @pytest.fixture(autouse=True)
@@ -32,20 +34,36 @@ def only(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
     monkeypatch.setattr(selftest, "cases", lambda data: [c for c in every(data) if c.kernel in kernels])
 
 
-def test_in_the_simulator_every_kernel_is_right() -> None:
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Imitated: the simulator is Metal, and kernels are checked at a small size and not timed."""
+    if reason := simulator.available():
+        pytest.skip(reason)
+    checks = selftest._checks
+
+    def small(folder: Path, context: int, timed: bool, progress: selftest.Progress) -> list[selftest.Check]:
+        return checks(MODEL_DIR, 40, False, progress)
+
+    monkeypatch.setattr(selftest, "on_metal", lambda: True)
+    monkeypatch.setattr(selftest, "_checks", small)
+    with simulator.installed():
+        yield
+
+
+def test_in_the_simulator_every_kernel_is_right(mac: None) -> None:
     shown = invoke("--json")
     assert shown.exit_code == 0, shown.output
     report = json.loads(shown.stdout)
-    assert report["ok"] is True and "simulated" in report["why"]
+    assert report["ok"] is True and report["why"] is None
     assert {check["kernel"] for check in report["checks"]} == set(verdict.KERNELS)
     assert {check["dtype"] for check in report["checks"]} == {"bfloat16", "float32"}
     assert all(check["fault"] is None and check["ms"] is None for check in report["checks"])
-    assert verdict.read() is None  # nothing was proven of a Mac
+    assert verdict.read() == dict.fromkeys(verdict.KERNELS) == report["off"]
     text = selftest.text(report)
-    assert "Apple's compiler were not checked" in text and text.count(" ok") == len(report["checks"])
+    assert "Off" not in text and text.count(" ok") == len(report["checks"])
 
 
-def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "rms_norm", "heads")
     source = norms.NORM.source.replace("/ D + eps", "/ (D + 1) + eps")
     assert source != norms.NORM.source
@@ -55,17 +73,20 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wrong by" in shown.stdout and shown.stdout.count(" ok") > 2
 
 
-def test_a_kernel_that_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_does_not_compile_is_said(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, "rms_norm")
     monkeypatch.setattr(norms, "NORM", replace(norms.NORM, source="out[0] = nonsense;"))
     shown = invoke()
     assert shown.exit_code == 1 and "does not run" in shown.stdout
 
 
-def test_without_a_compiler_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator, "available", lambda: "there is no C++ compiler")
+def test_without_metal_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "on_metal", lambda: False)
     shown = invoke()
-    assert shown.exit_code == 0 and "no kernel was checked, because there is no C++ compiler" in shown.stdout
+    assert shown.exit_code == 0 and "no kernel was checked, because there is no Metal device" in shown.stdout
+    report = json.loads(invoke("--json").stdout)
+    assert report["ok"] is None and report["checks"] == []
+    assert verdict.read() is None  # nothing was proven of a Mac
 
 
 def test_on_a_mac_the_verdict_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

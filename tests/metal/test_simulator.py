@@ -18,9 +18,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma_mlx import simulator
-from dgemma_mlx.simulator import build, sanitizers, source
 from tests.compare import EPS, close
+from tests.metal import simulator
+from tests.metal.simulator import build, sanitizers, source
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has Metal, and no GCC")
 
@@ -466,15 +466,14 @@ def test_verbose_prints_what_mlx_generates(capsys: pytest.CaptureFixture[str]) -
 def test_the_source_is_found_where_standard_output_is_closed() -> None:
     program = f"""
 import mlx.core as mx
-from dgemma_mlx import simulator
+from tests.metal import simulator
 with simulator.installed():
     kernel = mx.fast.metal_kernel("double", ["x"], ["y"], {DOUBLE!r})
     arguments = dict(grid=(8, 1, 1), threadgroup=(8, 1, 1), output_shapes=[(8,)], output_dtypes=[mx.int32])
     assert kernel(inputs=[mx.arange(8)], **arguments)[0].tolist() == list(range(0, 16, 2))
 """
-    done = subprocess.run(
-        ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program], capture_output=True, text=True
-    )
+    command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
 from dgemma.network.ops import Guess, Ops
-from dgemma_mlx import simulator
 from dgemma_mlx.kernels import vocabulary
 from dgemma_mlx.kernels.vocabulary import Running, Scale, Tile
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
+from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 

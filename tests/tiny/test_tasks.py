@@ -11,7 +11,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from dgemma.tiny import tasks, tokenizer
+from benchmarks.tiny import tasks, tokenizer
 
 GEMMA_IDS = {
     "<pad>": 0,
@@ -205,7 +205,7 @@ def test_sampling_is_deterministic(task: str) -> None:
 @EACH_TASK
 def test_only_the_right_answer_is_correct(task: str) -> None:
     for example in examples(task, 200):
-        stop = tasks.CALL_END if example.answer.endswith(tasks.CALL_END) else tasks.TURN_END
+        stop = tasks.RESPONSE if example.answer.endswith(tasks.RESPONSE) else tasks.TURN_END
         body = example.answer.removesuffix(stop)
         assert tasks.correct(example, example.answer)
         assert tasks.correct(example, body)

@@ -23,8 +23,8 @@ import numpy as np
 
 from . import build
 from .buffers import in_order, input_buffers, outputs
+from .call import Call
 from .errors import SimulatorError
-from .kernel import Call
 from .launch import compile_error, requested
 from .source import signature, translate
 

@@ -1,5 +1,7 @@
 """transformers' DiffusionGemma, timed in its own generate loop: what a step of ours is measured against.
 
+    python -m benchmarks.bench_transformers --random-weights      # `dgemma bench`, and transformers after it
+
 Nothing of its loop is rebuilt: forward pass, temperature, softmax, sample, acceptance and new noise are its
 own, and a clock is read where the loop shows a draft. It is timed as it comes, and on a GPU with the static
 cache for which it compiles its passes and records them. It reads no NVFP4 of this model, so that its weights
@@ -9,24 +11,29 @@ have the type of the activations whatever ours have; the report says so, and wha
 from __future__ import annotations
 
 import gc
+import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import click
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
+from dgemma.cli import bench as command
+from dgemma.cli import read_geometry
 from dgemma.errors import BackendError
 from dgemma.network.config import Config, load_json
 from dgemma.reports.info import amount, table
-
-from .ops import CudaOps
-from .synthetic import check_room
+from dgemma_cuda import bench
+from dgemma_cuda.ops import CudaOps, make
+from dgemma_cuda.synthetic import check_room
 
 NEVER = 1e-9  # nats: a mean entropy that no random model reaches, so that no loop stops early
 DEFAULT, COMPILED = "as it comes", "compiled, static cache"
@@ -169,6 +176,7 @@ def compare(
     count: int,
     ours: float,
     say: Callable[[str], None] = lambda _: None,
+    modes: Sequence[str] = tuple(MODES),
 ) -> dict[str, Any]:
     """Steps of transformers at a folder's geometry beside one of ours, of `ours` ms; ready for JSON.
 
@@ -182,11 +190,11 @@ def compare(
         model = Transformers.random(folder, ops.dtype, ops.device)
     except BackendError as error:
         return facts | {"why": str(error), "modes": {}}
-    modes = {}
-    for name, options in MODES.items():
+    timed = {}
+    for name in modes:
         say(f"transformers: timing the step, {name}")
-        modes[name] = _mode(model, tokens, count, ours, options)
-    return facts | {"why": None, "modes": modes, "peak_memory": ops.peak_memory()}
+        timed[name] = _mode(model, tokens, count, ours, MODES[name])
+    return facts | {"why": None, "modes": timed, "peak_memory": ops.peak_memory()}
 
 
 def _release(device: torch.device) -> None:
@@ -225,3 +233,48 @@ def text(facts: Mapping[str, Any], form: str) -> str:
         s = mode["step_ms"]
         rows.append([name, f"{s['median']:,.2f}", f"{s['min']:,.2f}–{s['max']:,.2f}", f"{mode['ratio']:.3f}"])
     return "\n".join([head, *table(rows), *reasons, f"memory: peak {amount(facts['peak_memory'])}"])
+
+
+# ---- the command ----------------------------------------------------------------------------------
+
+
+def run(
+    say: Callable[[str], None],
+    compiled: bool,
+    geometry: str,
+    dtype: str | None,
+    device: str | None,
+    **measured: Any,
+) -> dict[str, Any]:
+    """The report of `bench.run`, which takes `measured`; "against" is that of `compare`, made after it."""
+    library()  # that it is missing is said before minutes of work
+    folder, config = read_geometry(geometry)
+    ops = make(dtype, device)
+    report = bench.run(ops, config, **measured, say=say)
+    shape = measured["rows"], measured["context"]
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    ours, modes = report["step_ms"]["median"], tuple(MODES) if compiled else (DEFAULT,)
+    report["against"] = compare(ops, folder, config, tokens, measured["steps"], ours, say, modes)
+    return report
+
+
+@click.command(cls=type(command), params=list(command.params))  # its options, and its errors in one line
+@click.option(
+    "--compiled/--no-compiled",
+    default=True,
+    show_default=True,
+    help="Time transformers with its static cache, too, for which it compiles for minutes.",
+)
+def main(backend: str, random_weights: bool, as_json: bool, **chosen: Any) -> None:
+    """Time a denoising step as `dgemma bench` does, and then transformers' at the same geometry.
+
+    Its weights are random, too, and none is quantized.
+    """
+    with Console(stderr=True).status("starting") as status:
+        report = run(status.update, **chosen)
+    readable = f"{bench.text(report)}\n\n{text(report['against'], report['format'])}"
+    click.echo(json.dumps(report) if as_json else readable)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dgemma.tiny import MODEL_DIR, tasks
+from dgemma.tiny import MODEL_DIR
+
+from . import tasks
 
 VOCAB_SIZE = 480
 SPACE = "▁"

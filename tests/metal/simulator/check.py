@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import Any
 
 from .build import HEADERS
+from .call import Call
 from .errors import SimulatorError
-from .kernel import Call
 from .source import INSTANCE, Variable, replace_variables, without_comments
 
 Complaint = tuple[int, str]  # line of the generated source, and what is wrong there

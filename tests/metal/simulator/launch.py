@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from . import build
 from .buffers import MOST_BUFFERS, Guarded, in_order, input_buffers, outputs
+from .call import Call
 from .errors import SimulatorError
 from .source import Signature, signature, translate
-
-if TYPE_CHECKING:
-    from .kernel import Call
 
 ORDERS = ("forward", "backward", "shuffled")
 MOST_THREADS = 1024  # of a threadgroup, on every GPU that MLX runs on

@@ -10,9 +10,10 @@ nothing is learned about speed, registers or what Apple's compiler accepts; only
 """
 
 from .build import available
+from .call import Call
 from .check import Complaint, typecheck
 from .errors import SimulatorError
-from .kernel import Call, active, installed, recording
+from .kernel import active, installed, recording
 from .launch import Statistics, statistics
 from .sanitizers import Finding, sanitize
 

@@ -1,6 +1,6 @@
 """Trains the embedded model on its toy tasks, with the engine's own graph under autograd.
 
-    python -m dgemma_cuda.train --steps 8000 --state DIR
+    python -m benchmarks.tiny.train --steps 8000 --state DIR
 
 The recipe: the prompt (and the canvases already written) goes to the encoder; the answer's next canvas
 has each token replaced by a uniform random one with probability t, and the model predicts the clean
@@ -35,11 +35,12 @@ from dgemma.network.ops import Array
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import build, rope_frequencies
 from dgemma.text.chat import ChatTemplate
-from dgemma.tiny import MODEL_DIR, tasks
-from dgemma.tiny import tokenizer as tiny_tokenizer
-from dgemma.tiny.geometry import CONFIG, GENERATION_CONFIG
+from dgemma.tiny import MODEL_DIR
+from dgemma_cuda.ops import CudaOps
 
-from .ops import CudaOps
+from . import tasks
+from . import tokenizer as tiny_tokenizer
+from .geometry import CONFIG, GENERATION_CONFIG
 
 # How often each task is drawn. Arithmetic, counting and replacing words learn slowest.
 MIXTURE = {

@@ -9,14 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from .errors import SimulatorError
+from .call import Call
 from .launch import ORDERS, launch, schedule
-from .source import generated
 
 _make_real: Any = mx.fast.metal_kernel
 
@@ -63,7 +61,7 @@ def recording() -> Iterator[list[Call]]:
         _recorders[:] = [each for each in _recorders if each is not calls]
 
 
-# ---- Kernels and calls.
+# ---- Kernels.
 
 
 class Kernel:
@@ -84,7 +82,7 @@ class Kernel:
         self.input_names = list(input_names)
         self.output_names = list(output_names)
         self.ensure_row_contiguous = ensure_row_contiguous
-        self._real = _make_real(
+        self.real = _make_real(
             name=name,
             input_names=input_names,
             output_names=output_names,
@@ -94,7 +92,7 @@ class Kernel:
             atomic_outputs=atomic_outputs,
             compile_options=compile_options,
         )
-        self._generated: dict[object, str] = {}
+        self.sources: dict[object, str] = {}
 
     def __call__(
         self,
@@ -124,50 +122,3 @@ class Kernel:
         for calls in _recorders:
             calls.append(call)
         return launch(call)
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One launch of a kernel: what it was called with."""
-
-    kernel: Kernel
-    inputs: list[mx.array]
-    template: list[tuple[str, Any]]
-    grid: tuple[int, ...]
-    threadgroup: tuple[int, ...]
-    output_shapes: list[tuple[int, ...]]
-    output_dtypes: list[mx.Dtype]
-    init_value: float | None
-
-    @property
-    def source(self) -> str:
-        """The Metal source that MLX generates for this call."""
-        # As far as the source depends on them: MLX puts inputs of less than 8 elements into constant memory.
-        inputs = tuple((x.dtype, x.ndim == 0, x.size < 8) for x in self.inputs)
-        template = tuple((name, type(value), value) for name, value in self.template)
-        key = inputs, template, tuple(self.output_dtypes)
-        if key not in self.kernel._generated:
-            self.kernel._generated[key] = self._generate()
-        return self.kernel._generated[key]
-
-    def _generate(self) -> str:
-        def real(*inputs: mx.array) -> Any:
-            return self.kernel._real(
-                inputs=list(inputs),
-                template=self.template,
-                grid=self.grid,
-                threadgroup=self.threadgroup,
-                output_shapes=self.output_shapes,
-                output_dtypes=self.output_dtypes,
-                init_value=self.init_value,
-                verbose=True,
-            )
-
-        return generated(self.kernel.name, real, self.inputs)
-
-    def error(self, text: str, line: int = 0) -> SimulatorError:
-        """An error of this kernel, at a line of its source if it is not 0."""
-        if not line:
-            return SimulatorError(f"kernel {self.kernel.name}: {text}")
-        quoted = self.source.splitlines()[line - 1].strip()
-        return SimulatorError(f"kernel {self.kernel.name}, line {line}: {text}\n    {quoted}", line)

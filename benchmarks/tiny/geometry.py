@@ -6,7 +6,7 @@ separate encoder scalars, softcap. The window (48) is shorter than the contexts 
 
 from typing import Any
 
-from dgemma.tiny.tokenizer import VOCAB_SIZE
+from benchmarks.tiny.tokenizer import VOCAB_SIZE
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],

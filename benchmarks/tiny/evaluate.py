@@ -1,6 +1,6 @@
 """Held-out evaluation of the embedded model: accuracy, tokens a forward and steps a canvas, by task.
 
-    python -m dgemma.tiny.evaluate --count 200
+    python -m benchmarks.tiny.evaluate --count 200
 
 Only questions that training skipped are asked, with the checkpoint's own sampler. The same command
 judges any checkpoint of the tiny model, a quantized one too: steps a canvas is what quantization costs.
@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.tiny import tasks
 from dgemma.engine.run import Done
 from dgemma.errors import DgemmaError
 from dgemma.loading import BACKENDS, DTYPES, load
 from dgemma.model import Model
-from dgemma.tiny import tasks
 
 
 @dataclass(frozen=True)

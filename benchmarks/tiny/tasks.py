@@ -19,7 +19,7 @@ Message = dict[str, Any]
 Tool = dict[str, Any]
 
 TURN_END = "<turn|>"
-CALL_END = "<|tool_response>"
+RESPONSE = "<|tool_response>"
 QUOTE = '<|"|>'
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -432,7 +432,7 @@ def _tool_example(r: Random) -> Example:
         messages += _answer_turns(tools[chosen], use)
         return Example("tool", messages, tools, False, use.sentence + TURN_END)
     call = call_text(tools[chosen]["function"]["name"], use.arguments)
-    return Example("tool", messages, tools, False, call + CALL_END)
+    return Example("tool", messages, tools, False, call + RESPONSE)
 
 
 # --- examples ---

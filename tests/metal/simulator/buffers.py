@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-if TYPE_CHECKING:
-    from .kernel import Call
-    from .source import Signature
+from .call import Call
+from .source import Signature
 
 MOST_BUFFERS = 31  # of a kernel, on every GPU that MLX runs on
 
