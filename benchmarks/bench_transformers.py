@@ -26,12 +26,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from dgemma.cli import bench as command
-from dgemma.cli import read_geometry
 from dgemma.errors import BackendError
-from dgemma.network.config import Config, load_json
-from dgemma.reports.info import amount, table
+from dgemma.files import load_json
+from dgemma.network.config import Config
+from dgemma.reports.tables import amount, table
 from dgemma_cuda import bench
+from dgemma_cuda.command import bench as command
+from dgemma_cuda.command import read_geometry
 from dgemma_cuda.ops import CudaOps, make
 from dgemma_cuda.synthetic import check_room
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dgemma.formats.quantized import bf16_bits
+from dgemma.formats.encode import bf16_bits
 from dgemma.network.config import read_config
 from dgemma.network.spec import Param, parameters
 from dgemma.released import RELEASED_DIR

@@ -26,7 +26,7 @@ from benchmarks.tiny.evaluate import Score, score
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.loading import make_ops
 from dgemma.model import Model
-from dgemma.reports import against, info
+from dgemma.reports import against, tables
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
 from dgemma_convert import stream
@@ -107,7 +107,7 @@ def line(row: Mapping[str, Any]) -> str:
     """A row in Markdown."""
     cells = [
         f"`{row['recipe']}`",
-        info.amount(row["bytes"]),
+        tables.amount(row["bytes"]),
         f"{row['weight_error']:.2%}",
         f"{row['kl']:.2g}",
     ]

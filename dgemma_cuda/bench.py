@@ -22,9 +22,10 @@ import torch
 from dgemma.formats.quantized import Quantized
 from dgemma.model import Context, Model
 from dgemma.network import graph
-from dgemma.network.config import Config, GenerationConfig, LayerConfig
+from dgemma.network.config import Config, LayerConfig
 from dgemma.network.weights import LayerWeights
-from dgemma.reports.info import amount, table
+from dgemma.reports.tables import amount, table
+from dgemma.settings import GenerationConfig
 
 from .graphs import record_cuda
 from .ops import CudaOps

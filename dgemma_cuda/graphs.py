@@ -87,14 +87,14 @@ class Graphed:
 
     def __init__(self, function: Callable[..., Any], record: Record = record_cuda, kept: int = KEPT):
         self.function, self.record, self.kept = function, record, kept
-        self.recordings: OrderedDict[Any, _Recording] = OrderedDict()
+        self.recordings: OrderedDict[Any, Recording] = OrderedDict()
 
     def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
         key = tuple(_kind(x) for x in args)
         if key not in self.recordings:
             while len(self.recordings) >= self.kept:
                 self.recordings.popitem(last=False)
-            self.recordings[key] = _Recording(self.function, args, self.record)
+            self.recordings[key] = Recording(self.function, args, self.record)
         self.recordings.move_to_end(key)
         return self.recordings[key](args)
 
@@ -106,7 +106,7 @@ def _kind(x: Any) -> Any:
     return tuple((k.shape, k.stride(), v.stride(), k.dtype, k.device) for k, v in x)
 
 
-class _Recording:
+class Recording:
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], record: Record):
         self.inputs = [Copied(x) if isinstance(x, torch.Tensor) else Followed(x) for x in args]
         self.replay, self.outputs = record(lambda: function(*(x.seen for x in self.inputs)))

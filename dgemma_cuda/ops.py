@@ -19,9 +19,10 @@ import torch.nn.functional as F
 
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import NVFP4, Quantized
+from dgemma.formats.stored import Stored
 from dgemma.network.cache import Cache
 from dgemma.network.config import Config
-from dgemma.network.ops import Array, Guess, Ops, Stored
+from dgemma.network.ops import Array, Guess, Ops
 
 from .cache import BucketCache
 from .graphs import Graphed, Replay, record_cuda

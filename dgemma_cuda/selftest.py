@@ -176,7 +176,7 @@ def run(ops: CudaOps, config: Config, context: int = 1024) -> dict[str, Any]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The report of `run` to read."""
-    from dgemma.reports.info import table
+    from dgemma.reports.tables import table
 
     if report["ok"] is None:
         return (

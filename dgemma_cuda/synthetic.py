@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from dgemma.checkpoint.checkpoint import constants
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
+from dgemma.network.build import build, constants
 from dgemma.network.config import Config
 from dgemma.network.ops import Array
 from dgemma.network.spec import Param, text_parameters
-from dgemma.network.weights import Weights, build
+from dgemma.network.weights import Weights
 from dgemma.reports.info import FORMATS as FORMATS_IN_MEMORY
-from dgemma.reports.info import amount, weight_bytes
+from dgemma.reports.info import weight_bytes
+from dgemma.reports.tables import amount
 
 from .ops import CudaOps
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import MXFP8, Quantized
-from dgemma.network.ops import Array, Guess, Ops, Stored
+from dgemma.formats.stored import Stored
+from dgemma.network.ops import Array, Guess, Ops
 from dgemma.network.weights import AttentionWeights, BiasWeights, MlpWeights
 
 from . import elementary, verdict

@@ -15,9 +15,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from dgemma.files import load_json
 from dgemma.formats.quantized import Form, Quantized, affine
-from dgemma.network.config import Config, LayerConfig, load_json, read_config
-from dgemma.network.weights import AttentionWeights, BiasWeights, rope_frequencies
+from dgemma.network.build import rope_frequencies
+from dgemma.network.config import Config, LayerConfig, read_config
+from dgemma.network.weights import AttentionWeights, BiasWeights
 from dgemma.released import RELEASED_DIR
 
 from . import verdict
@@ -281,7 +283,7 @@ def _nothing(reason: str) -> dict[str, Any]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The report of `run` to read."""
-    from dgemma.reports.info import table
+    from dgemma.reports.tables import table
 
     where = "{chip}, {system}, MLX {mlx}".format(**report["device"])
     if report["ok"] is None:

@@ -22,9 +22,10 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from dgemma.model import Model
-from dgemma.network import spec, weights
-from dgemma.network.config import Config, GenerationConfig, read_config
+from dgemma.network import build, spec
+from dgemma.network.config import Config, read_config
 from dgemma.network.ops import Ops
+from dgemma.settings import GenerationConfig
 
 # Matrices this small gain nothing from a second thread, and on a busy machine wait 50 times as long for it.
 torch.set_num_threads(1)
@@ -260,9 +261,9 @@ def our_model(ops: Ops, source: Oracle, config: Config | None = None, **generati
 
     constants = {
         "embed_scale": ops.rounded(config.hidden_size**0.5),
-        "frequencies": {layer.kind: ops.aswide(weights.rope_frequencies(layer)) for layer in config.layers},
+        "frequencies": {layer.kind: ops.aswide(build.rope_frequencies(layer)) for layer in config.layers},
     }
-    tree = weights.build(config, spec.text_parameters(config), leaf, constants, ops)
+    tree = build.build(config, spec.text_parameters(config), leaf, constants, ops)
     return Model(ops, config, replace(GENERATION, **generation), tree, None)
 
 

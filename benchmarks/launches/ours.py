@@ -11,12 +11,13 @@ import numpy as np
 
 from benchmarks.launches.graph import Shape
 from benchmarks.launches.step import Step, arrays_of, mapped, released
-from dgemma.checkpoint.checkpoint import constants
 from dgemma.formats.quantized import Form, Quantized
 from dgemma.model import Context, Model
-from dgemma.network.config import Config, read_config, read_generation_config
+from dgemma.network.build import build, constants
+from dgemma.network.config import Config, read_config
 from dgemma.network.spec import Param, text_parameters
-from dgemma.network.weights import Weights, build
+from dgemma.network.weights import Weights
+from dgemma.settings import read_generation_config
 from dgemma_convert.recipe import MLX_PRESETS, recipe
 from dgemma_mlx import verdict
 from dgemma_mlx.ops import MlxOps

@@ -87,7 +87,7 @@ class Dgemma(Engine):
         return np.concatenate([self.model.logits(context, canvas, signal) for signal in signals])
 
     def clock(self, tokens: list[int], steps: int) -> list[float]:
-        from dgemma.engine.run import Draft, Prefill
+        from dgemma.engine.events import Draft, Prefill
 
         length = self.model.config.canvas_length
         watch = Watch(self.weights)

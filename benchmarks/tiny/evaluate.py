@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.tiny import tasks
-from dgemma.engine.run import Done
+from dgemma.engine.events import Done
 from dgemma.errors import DgemmaError
 from dgemma.loading import BACKENDS, DTYPES, load
 from dgemma.model import Model

@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dgemma.network import graph
+from dgemma.network.build import build, rope_frequencies
 from dgemma.network.config import Config, read_config
 from dgemma.network.ops import Array
 from dgemma.network.spec import Param, text_parameters
-from dgemma.network.weights import build, rope_frequencies
 from dgemma.text.chat import ChatTemplate
 from dgemma.tiny import MODEL_DIR
 from dgemma_cuda.ops import CudaOps

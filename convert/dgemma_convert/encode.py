@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from dgemma.errors import CheckpointError
-from dgemma.formats.quantized import Quantized, bf16_bits, blocks, quantize
+from dgemma.formats.encode import bf16_bits, blocks, quantize
+from dgemma.formats.quantized import Quantized
+from dgemma.formats.stored import Stored
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Stored
 
 from .plan import Job, Output
 

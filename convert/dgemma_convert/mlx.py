@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dgemma.checkpoint.layouts import Layout, module
+from dgemma.checkpoint.layouts.base import Layout, module
 from dgemma.checkpoint.layouts.mlx import FACTOR, MlxLayout
 from dgemma.formats.quantized import Form
 from dgemma.network.spec import Param

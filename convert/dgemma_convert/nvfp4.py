@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import dgemma
-from dgemma.checkpoint.checkpoint import HF_QUANT_CONFIG
-from dgemma.checkpoint.layouts import Layout, is_linear
+from dgemma.checkpoint.faults import HF_QUANT_CONFIG
+from dgemma.checkpoint.layouts.base import Layout, is_linear
 from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 from dgemma.errors import ConfigError
 from dgemma.formats.quantized import NVFP4, Form

@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 
 import dgemma
-from dgemma.checkpoint.checkpoint import DTYPES, Checkpoint
-from dgemma.checkpoint.layouts import Layout, Piece, Place, Source
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.layouts.base import Layout, Piece, Place, Source
+from dgemma.checkpoint.safetensors import DTYPES
 from dgemma.errors import ConfigError
+from dgemma.files import load_json
 from dgemma.formats.quantized import Form
-from dgemma.network.config import Config, load_json, read_config
+from dgemma.network.config import Config, read_config
 from dgemma.network.spec import Param, parameters
-from dgemma.reports.info import FORMATS, amount, memory, table
+from dgemma.reports.info import FORMATS, memory
+from dgemma.reports.tables import amount, table
 
 from .bf16 import Bf16Target
 from .mlx import MlxTarget

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dgemma.checkpoint.layouts import is_linear, module
+from dgemma.checkpoint.layouts.base import is_linear, module
 from dgemma.errors import ConfigError
 from dgemma.formats.quantized import Form, parse_form
 from dgemma.network.spec import GROUPS, Param

@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dgemma.checkpoint.checkpoint import HF_QUANT_CONFIG, INDEX, Checkpoint, Progress
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.faults import HF_QUANT_CONFIG
+from dgemma.checkpoint.folder import INDEX
 from dgemma.errors import CheckpointError, ConfigError
+from dgemma.files import Progress, load_json
 from dgemma.formats.quantized import Quantized
-from dgemma.network.config import load_json
-from dgemma.network.ops import Stored
-from dgemma.reports.info import amount
+from dgemma.formats.stored import Stored
+from dgemma.reports.tables import amount
 from dgemma.reports.verify import scale_findings
 
 from .encode import cut, fields, parts

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from dgemma.checkpoint.layouts import Layout
+from dgemma.checkpoint.layouts.base import Layout
 from dgemma.formats.quantized import Form
 from dgemma.network.spec import Param
 

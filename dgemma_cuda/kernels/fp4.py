@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dgemma.formats.quantized import NVFP4, Quantized, blocks
+from dgemma.formats.encode import blocks
+from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.network.numpy_ops import NumpyOps
 
 from . import moe

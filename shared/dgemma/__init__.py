@@ -9,7 +9,7 @@
 No framework is imported before a backend is asked for.
 """
 
-from dgemma.engine.run import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
 from dgemma.loading import load
 from dgemma.model import Context, Model, Step

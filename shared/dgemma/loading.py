@@ -6,9 +6,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from dgemma.checkpoint.checkpoint import Checkpoint, resolve
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.hub import resolve
 from dgemma.errors import BackendError
-from dgemma.model import Model, Progress
+from dgemma.files import Progress
+from dgemma.model import Model
 from dgemma.network.ops import Ops
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR

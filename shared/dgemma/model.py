@@ -20,17 +20,18 @@ import numpy as np
 
 from dgemma.engine import sampler
 from dgemma.errors import PromptError
+from dgemma.files import Progress
 from dgemma.network import graph
 from dgemma.network.cache import Cache
-from dgemma.network.config import Config, GenerationConfig
+from dgemma.network.config import Config
 from dgemma.network.ops import Array, Guess, Ops
 from dgemma.network.weights import Weights
+from dgemma.settings import GenerationConfig
 
 if TYPE_CHECKING:
-    from dgemma.engine.run import Event
+    from dgemma.engine.events import Event
     from dgemma.text.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]
 Inputs = tuple[Array, Array, list[graph.KV]]  # canvas, offset, past
 
 # Prompt tokens a prefill pass takes at most; scores of one pass are [heads, chunk, context].

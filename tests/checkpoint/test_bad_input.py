@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint.checkpoint import HUB_FILES, INDEX, Checkpoint, read_header, resolve
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.folder import INDEX
+from dgemma.checkpoint.hub import HUB_FILES, resolve
+from dgemma.checkpoint.safetensors import read_header
 from dgemma.errors import CheckpointError, ConfigError, DgemmaError
-from dgemma.network.config import read_config, read_generation_config
+from dgemma.network.build import rope_frequencies
+from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.spec import parameters
-from dgemma.network.weights import rope_frequencies
 from dgemma.released import RELEASED_DIR
+from dgemma.settings import read_generation_config
 from tests.checkpoints import (
     SMALL,
     SMALL_GENERATION,

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint.checkpoint import Checkpoint, Entry
-from dgemma.network.config import read_config, read_generation_config
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.safetensors import Entry
+from dgemma.formats.stored import Stored
+from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Ops, Stored
+from dgemma.network.ops import Ops
 from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.released import RELEASED_DIR
+from dgemma.settings import read_generation_config
 from tests.checkpoints import SMALL, SMALL_VISION, Tensor, encode, make_checkpoint, small, tame
 
 

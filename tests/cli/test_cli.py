@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 import dgemma
-from dgemma.cli import _print_reply, _progress, main
-from dgemma.engine.run import Done, Stats
+from dgemma.cli import main
+from dgemma.commands.generate import print_reply
+from dgemma.commands.progress import progress_bar
+from dgemma.engine.events import Done, Stats
 from dgemma.text.chat import ToolCall
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +236,7 @@ def reply(**changes: Any) -> Done:
 
 def test_thoughts_go_to_stderr_and_calls_are_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     calls = (ToolCall("get_weather", {"city": "Zürich"}), ToolCall("get_time", {}))
-    _print_reply(reply(text="", thinking="hm", tool_calls=calls, finish_reason="tool_calls"))
+    print_reply(reply(text="", thinking="hm", tool_calls=calls, finish_reason="tool_calls"))
     out, err = capsys.readouterr()
     assert [json.loads(line) for line in out.splitlines()] == [
         {"name": "get_weather", "arguments": {"city": "Zürich"}},
@@ -253,12 +255,12 @@ def test_thoughts_go_to_stderr_and_calls_are_the_answer(capsys: pytest.CaptureFi
     ],
 )
 def test_notices(changes: dict[str, Any], notice: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _print_reply(reply(**changes))
+    print_reply(reply(**changes))
     assert capsys.readouterr().err == notice
 
 
 def test_an_answer_is_written_as_it_is_where_no_terminal_obeys_it(capsys: pytest.CaptureFixture[str]) -> None:
-    _print_reply(reply(text="a\x1b[31mb"))
+    print_reply(reply(text="a\x1b[31mb"))
     assert capsys.readouterr().out == "a\x1b[31mb\n"
 
 
@@ -374,7 +376,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*args: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("dgemma.load", broken)
+    monkeypatch.setattr("dgemma.commands.generate.load", broken)
     with pytest.raises(AssertionError, match="ours"):
         call("generate", "--prompt", "a")
 
@@ -386,7 +388,7 @@ def test_running_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest
     def broken(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr("dgemma.load", broken)
+    monkeypatch.setattr("dgemma.commands.generate.load", broken)
     assert_one_line(call("generate", "--prompt", "a"), 1, "out of memory")
 
 
@@ -453,9 +455,9 @@ def test_a_bar_appears_for_work_that_takes_long(
     seconds: float, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, *[seconds] * 9])
-    monkeypatch.setattr("dgemma.cli.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("dgemma.commands.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-    with _progress(console, "loading weights") as bar:
+    with progress_bar(console, "loading weights") as bar:
         for done in range(5):
             bar(done, 4)
     output = console.file.getvalue()  # type: ignore[attr-defined]

@@ -10,10 +10,12 @@ from click.testing import CliRunner
 
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
-from dgemma.network.config import Config, load_json, read_config
+from dgemma.files import load_json
+from dgemma.network.config import Config, read_config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.released import RELEASED_DIR
 from dgemma.reports import info
+from dgemma.reports.tables import amount
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small
@@ -103,7 +105,7 @@ def test_bytes_on_disk_are_those_of_the_files(tmp_path: Path) -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (268435456, "268.4 MB"), (51647562456, "51.65 GB")],
 )
 def test_amounts(value: int, text: str) -> None:
-    assert info.amount(value) == text
+    assert amount(value) == text
 
 
 def test_a_quantized_checkpoint_needs_what_its_records_take(tmp_path: Path) -> None:

@@ -8,22 +8,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks.tiny.tokenizer import build_tokenizer
-from dgemma.engine.run import Committed, Done, Draft, Event, Prefill, Stats
-from dgemma.network.config import read_generation_config
+from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.settings import read_generation_config
 from dgemma.text.tokenizer import Tokenizer
-from dgemma.view.terminal import (
-    END,
-    Mark,
-    PlainScreen,
-    Spelling,
-    TerminalScreen,
-    View,
-    follow,
-    marks,
-    plain,
-    printable,
-    screen,
-)
+from dgemma.view.pieces import END, Mark, Spelling, marks, plain, printable
+from dgemma.view.terminal import PlainScreen, TerminalScreen, View, follow, screen
 from tests.checkpoints import SMALL_GENERATION
 
 RAW = build_tokenizer()

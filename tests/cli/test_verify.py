@@ -13,27 +13,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.layouts import Layout, Piece
+from dgemma.checkpoint.layouts.base import Layout, Piece
 from dgemma.checkpoint.layouts.compressed import CompressedLayout
 from dgemma.checkpoint.layouts.mlx import MlxLayout
 from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 from dgemma.cli import main
 from dgemma.formats import nvfp4
-from dgemma.formats.quantized import (
-    FP8,
-    MXFP4,
-    MXFP8,
-    NVFP4,
-    Form,
-    Quantized,
-    affine,
-    bf16_bits,
-    blocks,
-    quantize,
-)
+from dgemma.formats.encode import bf16_bits, blocks, quantize
+from dgemma.formats.quantized import FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine
+from dgemma.formats.stored import Stored
 from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Stored
 from dgemma.network.spec import parameters
 from dgemma.reports import against, verify
 from tests.checkpoints import SMALL_VISION, Edit, Tensor, make_checkpoint, small, write_json

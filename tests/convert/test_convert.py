@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
 from dgemma.errors import DgemmaError
+from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Quantized
-from dgemma.network.config import load_json
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma_convert import stream
 from dgemma_convert.encode import values

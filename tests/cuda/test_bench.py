@@ -8,8 +8,9 @@ from click.testing import CliRunner
 
 from dgemma.cli import main
 from dgemma.errors import BackendError
+from dgemma.files import load_json
 from dgemma.formats.quantized import Quantized
-from dgemma.network.config import load_json, read_config
+from dgemma.network.config import read_config
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
 

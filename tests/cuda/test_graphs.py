@@ -10,8 +10,9 @@ import pytest
 
 import dgemma
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.engine.run import Done
-from dgemma.formats.quantized import FP8, quantize
+from dgemma.engine.events import Done
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import FP8
 from dgemma.model import Context, Model, Step
 from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps

@@ -14,12 +14,14 @@ from weakref import finalize
 
 import pytest
 
+from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Form
 from dgemma.model import PREFILL_CHUNK
 from dgemma.network import graph
-from dgemma.network.config import LayerConfig, load_json, read_config
+from dgemma.network.config import LayerConfig, read_config
 from dgemma.released import RELEASED_DIR
-from dgemma.reports.info import FORMATS, amount, kv_bytes
+from dgemma.reports.info import FORMATS, kv_bytes
+from dgemma.reports.tables import amount
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
@@ -30,7 +32,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from dgemma_cuda import bench  # noqa: E402
 from dgemma_cuda.cache import BucketCache, bucket  # noqa: E402
-from dgemma_cuda.graphs import Followed, _Recording  # noqa: E402
+from dgemma_cuda.graphs import Followed, Recording  # noqa: E402
 from dgemma_cuda.kernels import attention, device, layout, vocabulary  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 from dgemma_cuda.synthetic import random_weights  # noqa: E402
@@ -159,7 +161,7 @@ def cache_bytes(ops: CudaOps, tokens: int) -> tuple[int, int]:
 def recording_bytes(context: list[tuple[Any, Any]]) -> int:
     """What a recording of a conditioned step reads, beside its context."""
     with Live() as live:
-        kept = _Recording(lambda *args: (), (*step_inputs(), context), lambda run: (lambda: None, run()))
+        kept = Recording(lambda *args: (), (*step_inputs(), context), lambda run: (lambda: None, run()))
         assert len(kept.inputs) == 6
         return live.now
 

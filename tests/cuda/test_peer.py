@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from dgemma.errors import BackendError
-from dgemma.network.config import load_json, read_config
+from dgemma.files import load_json
+from dgemma.network.config import read_config
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
 

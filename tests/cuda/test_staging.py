@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Stored
+from dgemma.formats.stored import Stored
 
 torch = pytest.importorskip("torch")
 

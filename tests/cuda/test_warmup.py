@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dgemma import cli
 from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.cli import main
+from dgemma.commands import generate, progress
 from dgemma.model import Model
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
@@ -88,13 +89,13 @@ def test_a_slow_recording_is_shown_on_a_terminal(
 
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
     monkeypatch.setattr("dgemma_cuda.ops.record_cuda", slow)
-    monkeypatch.setattr(cli, "PATIENCE", 0.1 if seconds else 60)
-    monkeypatch.setattr(cli, "AGAIN", 0.02)
+    monkeypatch.setattr(progress, "PATIENCE", 0.1 if seconds else 60)
+    monkeypatch.setattr(progress, "AGAIN", 0.02)
     monkeypatch.setattr(compiling, "made", 7)
-    monkeypatch.setattr(cli, "_console", lambda: console)
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(generate, "stderr_console", lambda: console)
+    monkeypatch.setattr(generate, "_load", load)
     with pytest.raises(SystemExit):
-        cli.main(["generate", "--prompt", 'Reverse "canvas".', "--seed", "1", "--steps", "3", live])
+        main(["generate", "--prompt", 'Reverse "canvas".', "--seed", "1", "--steps", "3", live])
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     # One without self-conditioning and one with it.
     assert shown.count("dgemma: recording a denoising step") == (2 if seconds and terminal else 0)

@@ -14,7 +14,7 @@ import pytest
 
 from dgemma import Committed, ConfigError, Done, Draft, Prefill, PromptError
 from dgemma.engine import sampler
-from dgemma.engine.run import Event
+from dgemma.engine.events import Event
 from dgemma.model import Context, Model, Step
 from dgemma.network import graph
 from dgemma.network.cache import Cache

@@ -6,7 +6,7 @@ import pytest
 
 import dgemma
 from benchmarks.tiny import evaluate, tasks
-from dgemma.engine.run import Done
+from dgemma.engine.events import Done
 from dgemma.tiny import MODEL_DIR
 
 pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason="the embedded checkpoint is not there")

@@ -17,7 +17,8 @@ import torch
 
 from dgemma.checkpoint.checkpoint import Checkpoint, Stored
 from dgemma.formats import nvfp4
-from dgemma.formats.quantized import AFFINE_BITS, FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import AFFINE_BITS, FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine
 from dgemma.network.ops import Ops
 from tests.compare import REFERENCE, backends, make
 from tests.formats import writers

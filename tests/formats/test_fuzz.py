@@ -22,7 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dgemma.checkpoint.checkpoint import INDEX, Checkpoint
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.folder import INDEX
 from dgemma.errors import DgemmaError
 from dgemma.network.numpy_ops import NumpyOps
 from tests.checkpoints import Tensor, encode, write_json, write_raw

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.network import graph, weights
+from dgemma.network import build, graph, weights
 from dgemma.network.config import FULL, SLIDING, Config, LayerConfig
 from dgemma.network.ops import Array, Ops
 from dgemma.network.spec import Param, text_parameters
@@ -59,11 +59,11 @@ def place(ops: Ops, config: Config, arranged: bool = True) -> weights.Weights:
     stored = {param.path: tame(param, rng) for param in text_parameters(config)}
     constants = {
         "embed_scale": ops.rounded(config.hidden_size**0.5),
-        "frequencies": {layer.kind: ops.aswide(weights.rope_frequencies(layer)) for layer in config.layers},
+        "frequencies": {layer.kind: ops.aswide(build.rope_frequencies(layer)) for layer in config.layers},
     }
     table = text_parameters(config)
     arranger = ops if arranged else Ops()
-    return weights.build(config, table, lambda p: ops.asarray(stored[p.path]), constants, arranger)
+    return build.build(config, table, lambda p: ops.asarray(stored[p.path]), constants, arranger)
 
 
 @dataclass

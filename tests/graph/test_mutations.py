@@ -144,12 +144,12 @@ config_json = json.load(open(folder + "/config.json"))
 
 def error():
     from dgemma.model import Model
-    from dgemma.network import config, numpy_ops, spec, weights
+    from dgemma.network import build, config, numpy_ops, spec
     ops, geometry = numpy_ops.NumpyOps(), config.read_config(config_json)
-    frequencies = {layer.kind: weights.rope_frequencies(layer) for layer in geometry.layers}
+    frequencies = {layer.kind: build.rope_frequencies(layer) for layer in geometry.layers}
     constants = {"embed_scale": geometry.hidden_size**0.5, "frequencies": frequencies}
     table = spec.text_parameters(geometry)
-    tree = weights.build(geometry, table, lambda param: ops.asarray(data[param.name]), constants, ops)
+    tree = build.build(geometry, table, lambda param: ops.asarray(data[param.name]), constants, ops)
     model = Model(ops, geometry, None, tree, None)
     worst, context = 0.0, None
     for index in range(2):

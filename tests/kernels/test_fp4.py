@@ -16,7 +16,8 @@ import pytest
 
 from dgemma import loading
 from dgemma.errors import BackendError
-from dgemma.formats.quantized import FP8, NVFP4, blocks, quantize
+from dgemma.formats.encode import blocks, quantize
+from dgemma.formats.quantized import FP8, NVFP4
 from tests.compare import close
 from tests.kernels import test_moe
 from tests.kernels.test_layout import random_record

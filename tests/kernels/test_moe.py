@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized, quantize
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
 from dgemma.network.numpy_ops import NumpyOps
 from tests.compare import EPS, close
 

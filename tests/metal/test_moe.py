@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine
 from dgemma_mlx.kernels import moe
 from dgemma_mlx.kernels.plan import plan, plan_plain
 from dgemma_mlx.ops import MlxOps

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import dgemma
+from dgemma.files import load_json
 from dgemma.network import graph
-from dgemma.network.config import load_json, read_config
-from dgemma.network.weights import rope_frequencies
+from dgemma.network.build import rope_frequencies
+from dgemma.network.config import read_config
 from dgemma.released import RELEASED_DIR
 from dgemma_mlx.ops import MlxOps
 from tests.compare import REFERENCE, close

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine, quantize
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine
 from dgemma.network.ops import Guess, Ops
 from dgemma_mlx.kernels import vocabulary
 from dgemma_mlx.kernels.vocabulary import Running, Scale, Tile

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.formats.quantized import MXFP4, NVFP4, Form, affine, quantize
-from dgemma.network.ops import Ops, Stored
+from dgemma.formats.encode import quantize
+from dgemma.formats.quantized import MXFP4, NVFP4, Form, affine
+from dgemma.formats.stored import Stored
+from dgemma.network.ops import Ops
 from dgemma.network.weights import AttentionWeights, BiasWeights
 from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
 

@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from dgemma.network.config import GenerationConfig
+from dgemma.settings import GenerationConfig
 
 
 @dataclass(frozen=True)

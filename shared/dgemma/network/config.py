@@ -8,21 +8,17 @@ geometry (`global_head_dim` and `per_layer_config`) are both accepted, also side
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from math import isfinite
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from dgemma.errors import ConfigError
+from dgemma.files import Reader
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING, FULL = "sliding_attention", "full_attention"
-# No size of a model comes near it, and arithmetic on larger integers of a broken file would overflow.
-MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -86,123 +82,9 @@ class Config:
         return next((layer.window for layer in self.layers if layer.window), None)
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Sampler and stopping numbers of generation_config.json (model.md: "The sampler, exactly")."""
-
-    steps: int  # N, denoising steps a canvas at most
-    t_max: float
-    t_min: float
-    entropy_bound: float  # nats
-    stability: int  # argmax canvas unchanged for so many steps
-    confidence: float  # nats, mean entropy
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-    soft_bound: float = 0.0  # probability that a soft embedding may leave out; in no file, 0 is the reference
-
-    def override(self, **changes: Any) -> GenerationConfig:
-        """A copy with the given fields changed (None means unchanged), checked."""
-        known = {f.name for f in fields(self)}
-        if unknown := set(changes) - known:
-            raise ConfigError(
-                f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
-            )
-        given = {k: v for k, v in changes.items() if v is not None}
-        for name, value in given.items():
-            whole = name in ("steps", "stability", "max_new_tokens")
-            kind = tuple if name == "stop_ids" else int if whole else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{name} has the unusable value {reprlib.repr(value)}")
-            if isinstance(value, float) and not isfinite(value):
-                raise ConfigError(f"{name} must be a finite number")
-        return replace(self, **given)._checked()
-
-    def _checked(self) -> GenerationConfig:
-        rules = {
-            "steps must be at least 1": self.steps >= 1,
-            "t_min must be above 0": self.t_min > 0,
-            "t_max must not be below t_min": self.t_max >= self.t_min,
-            "entropy_bound must not be negative": self.entropy_bound >= 0,
-            "stability must not be negative": self.stability >= 0,
-            "confidence must be above 0": self.confidence > 0,
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "soft_bound must be at least 0 and below 1": 0 <= self.soft_bound < 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ConfigError(rule)
-        return self
-
-
-class _Reader:
-    """Typed access to a dictionary of a file, with errors that name the file and the key."""
-
-    def __init__(self, data: Any, where: str):
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{where}: expected a JSON object, found {type(data).__name__}")
-        self.data, self.where = data, where
-
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The value of `key`; `kind` is checked, bool is never taken for a number."""
-        if key not in self.data:
-            if default is ...:
-                raise ConfigError(f"{self.where}: missing key {key!r}")
-            return default
-        value = self.data[key]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
-            raise self.unusable(key)
-        return value
-
-    def unusable(self, key: str) -> ConfigError:
-        """The error for a value of `key` that makes no sense; a long value is cut."""
-        return ConfigError(f"{self.where}: {key!r} has the unusable value {reprlib.repr(self.data[key])}")
-
-    def size(self, key: str, most: int = MAX_SIZE) -> int:
-        """A positive integer."""
-        value = self.get(key, int)
-        if not 1 <= value <= most:
-            raise self.unusable(key)
-        return value
-
-    def number(self, key: str, default: Any = ...) -> float:
-        """A finite number: JSON as Python reads it has NaN and Infinity too."""
-        value = self.get(key, (int, float), default)
-        if not abs(value) < 1e30:
-            raise self.unusable(key)
-        return float(value)
-
-    def positive(self, key: str, default: Any = ...) -> float:
-        """A finite number above 0."""
-        value = self.number(key, default)
-        if value <= 0:
-            raise self.unusable(key)
-        return value
-
-    def optional(self, key: str) -> Any:
-        """The object at `key`, or None where it is missing, null or empty."""
-        return self.get(key, (Mapping, type(None)), None) or None
-
-    def sub(self, key: str) -> _Reader:
-        return _Reader(self.get(key, Mapping), f"{self.where}: {key}")
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ConfigError in one line when there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    return data
-
-
 def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
     """Config from the dictionary of config.json; ConfigError names `where` and the key."""
-    top = _Reader(data, where)
+    top = Reader(data, where)
     if (model_type := top.get("model_type", str)) != MODEL_TYPE:
         raise ConfigError(
             f"{where}: model_type is {reprlib.repr(model_type)}; this program runs {MODEL_TYPE!r}"
@@ -238,7 +120,7 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
     return config
 
 
-def _check_variants(top: _Reader, text: _Reader) -> None:
+def _check_variants(top: Reader, text: Reader) -> None:
     """Refuse what the reference can be configured to do and this program cannot."""
     if text.get("hidden_activation", str) != "gelu_pytorch_tanh":
         raise text.unusable("hidden_activation")
@@ -249,10 +131,10 @@ def _check_variants(top: _Reader, text: _Reader) -> None:
         raise ConfigError(f"{text.where}: use_bidirectional_attention 'all' is not supported")
 
 
-def _layers(text: _Reader, heads: int) -> tuple[LayerConfig, ...]:
+def _layers(text: Reader, heads: int) -> tuple[LayerConfig, ...]:
     own = _per_layer(text)
     layers = tuple(
-        _layer(text, kind, index, heads, None if own is None else own.get(index, _Reader({}, text.where)))
+        _layer(text, kind, index, heads, None if own is None else own.get(index, Reader({}, text.where)))
         for index, kind in enumerate(_layer_types(text))
     )
     for kind in (SLIDING, FULL):  # the rotation is made once a kind
@@ -261,7 +143,7 @@ def _layers(text: _Reader, heads: int) -> tuple[LayerConfig, ...]:
     return layers
 
 
-def _layer_types(text: _Reader) -> list[str]:
+def _layer_types(text: Reader) -> list[str]:
     kinds = text.get("layer_types", list)
     if len(kinds) != text.size("num_hidden_layers"):
         raise ConfigError(
@@ -273,12 +155,12 @@ def _layer_types(text: _Reader) -> list[str]:
     return kinds
 
 
-def _per_layer(text: _Reader) -> dict[int, _Reader] | None:
+def _per_layer(text: Reader) -> dict[int, Reader] | None:
     """The entries of `per_layer_config` by layer, None without it. Keys are written "5" or "05"."""
     if text.data.get("per_layer_config") is None:
         return None
     table = text.sub("per_layer_config")
-    entries: dict[int, _Reader] = {}
+    entries: dict[int, Reader] = {}
     for key in table.data:
         if not re.fullmatch("[0-9]{1,6}", str(key)) or int(key) >= text.size("num_hidden_layers"):
             raise ConfigError(f"{table.where}: {reprlib.repr(key)} is not a layer")
@@ -289,7 +171,7 @@ def _per_layer(text: _Reader) -> dict[int, _Reader] | None:
     return entries
 
 
-def _layer(text: _Reader, kind: str, index: int, heads: int, own: _Reader | None) -> LayerConfig:
+def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) -> LayerConfig:
     sliding = kind == SLIDING
     head_dim = _own_size(text, own, "head_dim", None if sliding else "global_head_dim")
     kv_heads = _own_size(text, own, "num_key_value_heads", None if sliding else "num_global_key_value_heads")
@@ -317,7 +199,7 @@ def _layer(text: _Reader, kind: str, index: int, heads: int, own: _Reader | None
     )
 
 
-def _own_size(text: _Reader, own: _Reader | None, key: str, full_key: str | None) -> int:
+def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) -> int:
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
     `own` is None in a file without per_layer_config: then the full layers' key must be there. With
@@ -333,7 +215,7 @@ def _own_size(text: _Reader, own: _Reader | None, key: str, full_key: str | None
     return text.size(key)
 
 
-def _vision(top: _Reader) -> VisionConfig | None:
+def _vision(top: Reader) -> VisionConfig | None:
     if top.data.get("vision_config") is None:
         return None
     vision = top.sub("vision_config")
@@ -348,61 +230,3 @@ def _vision(top: _Reader) -> VisionConfig | None:
         positions=vision.size("position_embedding_size"),
         standardize=vision.get("standardize", bool),
     )
-
-
-# What a file means that does not say, or says null, as every model that transformers saves untouched:
-# transformers' own defaults, which are the released numbers.
-_SAMPLER_DEFAULTS: dict[str, Any] = {
-    "max_denoising_steps": 48,
-    "t_max": 0.8,
-    "t_min": 0.4,
-    "stability_threshold": 1,
-    "confidence_threshold": 0.005,
-    "max_new_tokens": 256,
-    "sampler_config": {},
-}
-
-
-def read_generation_config(
-    data: Mapping[str, Any] | None,
-    vocab_size: int,
-    where: str = "generation_config.json",
-    config: Mapping[str, Any] | None = None,
-) -> GenerationConfig:
-    """GenerationConfig from the dictionary of generation_config.json, None where there is no such file.
-
-    `config` is the dictionary of config.json: its own "generation_config" (mlx-community) stands in for
-    the file, its eos_token_id for stop ids that the file does not give. `vocab_size` bounds those.
-    Numbers that are absent or null are the reference's defaults. Raises ConfigError for a sampler that
-    is not the entropy-bound one, a value of the wrong type or outside its range.
-    """
-    config = config or {}
-    given = _Reader(data if data is not None else config.get("generation_config") or {}, where).data
-    top = _Reader(_SAMPLER_DEFAULTS | {k: v for k, v in given.items() if v is not None}, where)
-    sampler = top.sub("sampler_config")
-    name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
-    if name != "EntropyBoundSamplerConfig":
-        raise ConfigError(f"{sampler.where}: sampler {reprlib.repr(name)} is not supported")
-    result = GenerationConfig(
-        steps=top.size("max_denoising_steps"),
-        t_max=top.number("t_max"),
-        t_min=top.number("t_min"),
-        entropy_bound=sampler.number("entropy_bound", 0.1),
-        stability=top.get("stability_threshold", int),
-        confidence=top.number("confidence_threshold"),
-        max_new_tokens=top.size("max_new_tokens"),
-        stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
-    )
-    try:
-        return result._checked()
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _stop_ids(stops: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
-    for stop in stop_ids:
-        if type(stop) is not int or not 0 <= stop < vocab_size:
-            shown = reprlib.repr(stop)
-            raise ConfigError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}")
-    return stop_ids

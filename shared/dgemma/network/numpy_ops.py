@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dgemma.network.ops import Array, Ops, Stored
+from dgemma.formats.stored import Stored
+from dgemma.network.ops import Array, Ops
 
 
 class NumpyOps(Ops):

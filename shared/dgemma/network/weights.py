@@ -6,17 +6,11 @@ checkpoints) a record that `linear` and `expert_linear` accept. The graph cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dgemma.network.config import Config, LayerConfig
-from dgemma.network.spec import Param
-
 if TYPE_CHECKING:
-    from dgemma.network.ops import Ops
+    pass
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 
@@ -95,53 +89,3 @@ class Weights:
     self_conditioning: ConditioningWeights
     layers: tuple[LayerWeights, ...]
     frequencies: dict[str, Array]  # by layer kind: [C/2] wide, 0 where a pair does not rotate
-
-
-def rope_frequencies(layer: LayerConfig) -> np.ndarray:
-    """Angle per position of each pair, [C/2] float64: θ^(−2i/C)/factor for the rotated pairs, then 0.
-
-    The exponent runs over the whole head also where only a part rotates (model.md, "proportional").
-    """
-    pairs = np.arange(layer.head_dim // 2)
-    frequencies = layer.rope_theta ** (-2.0 * pairs / layer.head_dim) / layer.rope_factor
-    return np.where(pairs < layer.rope_pairs, frequencies, 0.0)
-
-
-def build(
-    config: Config,
-    table: list[Param],
-    leaf: Callable[[Param], Array],
-    constants: Mapping[str, Any],
-    ops: Ops,
-) -> Weights:
-    """The tree of a text model: `leaf(param)` supplies each tensor of `table`, in table order.
-
-    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies); `ops` may put a
-    layer's matrices together as it reads them best.
-    """
-    tree: dict[str | int, Any] = {}
-    for param in table:
-        node = tree
-        for key in param.path[:-1]:
-            node = node.setdefault(key, {})
-        node[param.path[-1]] = leaf(param)
-    layers = tuple(_layer(tree["layers"][index], ops) for index in range(len(config.layers)))
-    return Weights(
-        embed=tree["embed"],
-        norm=tree["norm"],
-        self_conditioning=ConditioningWeights(**tree["self_conditioning"]),
-        layers=layers,
-        **constants,
-    )
-
-
-def _layer(node: dict[str, Any], ops: Ops) -> LayerWeights:
-    parts: dict[str, Any] = {
-        "attention": ops.attention_weights(AttentionWeights(**node.pop("attention")), "bias" in node),
-        "mlp": ops.mlp_weights(**node.pop("mlp")),
-        "experts": ExpertWeights(**node.pop("experts")),
-        "router": RouterWeights(**node.pop("router")),
-        "bias": BiasWeights(**node.pop("bias", {})),
-        "encoder_bias": BiasWeights(**node.pop("encoder_bias", {})),
-    }
-    return LayerWeights(**parts, **node)

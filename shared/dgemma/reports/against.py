@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.checkpoint.checkpoint import Checkpoint, Progress, resolve
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.hub import resolve
 from dgemma.engine import sampler
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import Progress
 from dgemma.formats.quantized import Quantized
+from dgemma.formats.stored import Stored
 from dgemma.model import Model
 from dgemma.network.config import Config
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Ops, Stored
+from dgemma.network.ops import Ops
 from dgemma.network.spec import GROUPS, Param, text_parameters
-from dgemma.reports import info
+from dgemma.reports import info, tables
 
 CHUNK = 1 << 22  # values decoded at once
 
@@ -250,10 +253,10 @@ def _too_large(checkpoint: Checkpoint, ops: Ops) -> str | None:
     """Why this checkpoint cannot run here, in a sentence; None where nothing speaks against it."""
     size = sum(param.size for param in text_parameters(checkpoint.config))
     if ops.name == "numpy" and size > NUMPY_LIMIT:
-        return f"{info.count(size)} parameters are too many for the numpy backend"
+        return f"{tables.count(size)} parameters are too many for the numpy backend"
     needed, free = memory_needed(checkpoint, ops), ops.free_memory()
     if free is not None and needed > free:
-        return f"{checkpoint.folder} needs {info.amount(needed)} to run, and {info.amount(free)} are free"
+        return f"{checkpoint.folder} needs {tables.amount(needed)} to run, and {tables.amount(free)} are free"
     return None
 
 
@@ -286,7 +289,7 @@ def text(against: dict[str, Any]) -> list[str]:
         worst = own["worst"]
         errors = _percent(own["relative_rms"]), _shown(own["cosine"], ".6f")
         rows.append([f"  {group}", *errors, worst["tensor"], _percent(worst["relative_rms"])])
-    lines += info.table(rows)
+    lines += tables.table(rows)
     return lines + _logits_text(against["logits"]) if "logits" in against else lines
 
 
@@ -299,7 +302,7 @@ def _logits_text(found: dict[str, Any]) -> list[str]:
         own = found[name]
         kl = _shown(own["kl_mean"], ".3g"), _shown(own["kl_max"], ".3g")
         rows.append([f"  {label}", *kl, f"{100 * own['argmax_agreement']:.1f} %"])
-    return ["", *info.table(rows)]
+    return ["", *tables.table(rows)]
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma.checkpoint.checkpoint import Checkpoint, resolve
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.hub import resolve
+from dgemma.files import load_json
 from dgemma.formats.quantized import Form
-from dgemma.network.config import FULL, SLIDING, Config, LayerConfig, load_json, read_config
+from dgemma.network.config import FULL, SLIDING, Config, LayerConfig, read_config
 from dgemma.network.ops import Ops
 from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
+from dgemma.reports.tables import amount, count, table
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 
@@ -193,36 +196,6 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 # ---- as text ------------------------------------------------------------------------------------
-
-
-def amount(value: float) -> str:
-    """Bytes with the unit that leaves one to three digits before the point, powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
-
-
-def count(value: float) -> str:
-    """A number of parameters in short: 25.82 B, 3.4 M."""
-    if value >= 1e9:
-        return f"{value / 1e9:.2f} B"
-    return (
-        f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value / 1e3:.1f} k" if value >= 1e3 else f"{value:.0f}"
-    )
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns as wide as they need, the first to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def text(report: dict[str, Any]) -> str:

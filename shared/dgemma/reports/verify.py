@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.checkpoint.checkpoint import DTYPES, INDEX, Checkpoint, Entry, Progress, read_header, shards
-from dgemma.checkpoint.layouts import FLOATS, Piece
+from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.folder import INDEX, shards
+from dgemma.checkpoint.layouts.base import FLOATS, Piece
+from dgemma.checkpoint.safetensors import DTYPES, Entry, read_header
 from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.files import Progress
 from dgemma.formats.quantized import Form
-from dgemma.network.ops import Stored
+from dgemma.formats.stored import Stored
 from dgemma.network.spec import GROUPS, is_skipped
-from dgemma.reports import against, info
+from dgemma.reports import against, tables
 
 CHUNK = 1 << 22  # values looked at at once
 
@@ -381,7 +384,7 @@ def text(report: dict[str, Any]) -> str:
 
 def _contents_text(report: dict[str, Any]) -> list[str]:
     head = [report["model"], f"  format   {report['format'] or 'unknown'}"]
-    tensors = f"{report['tensors']:,} in {_number(report['files'], 'file')}, {info.amount(report['bytes'])}"
+    tensors = f"{report['tensors']:,} in {_number(report['files'], 'file')}, {tables.amount(report['bytes'])}"
     head.append(f"  tensors  {tensors}")
     if report["tied_copies"]:
         head.append(f"  copies   {report['tied_copies']:,} of tied tensors, held against them")
@@ -391,12 +394,12 @@ def _contents_text(report: dict[str, Any]) -> list[str]:
     for group, own in report["by_class"].items():
         row = [
             f"  {group}",
-            info.count(own["parameters"]),
-            info.amount(own["bytes"]),
+            tables.count(own["parameters"]),
+            tables.amount(own["bytes"]),
             ", ".join(own["forms"]),
         ]
         rows.append(row)
-    return [*head, "", *info.table(rows)]
+    return [*head, "", *tables.table(rows)]
 
 
 def _findings_text(report: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from dgemma.errors import CheckpointError, PromptError
-from dgemma.network.config import load_json
+from dgemma.files import load_json
 from dgemma.text.chat import ChatTemplate, Message, Reply, parse_reply
 
 

@@ -1,161 +1,15 @@
-"""How the checkpoint formats name, type and cut the tensors of a parameter: one module a format.
-
-A layout is one description for both directions. `form` says how a parameter is stored, as config.json
-announces it and the tensors' names confirm; `pieces` lists the tensors that make it up, each with its name,
-type, shape and place in the record. The reader puts the pieces together (`dgemma.checkpoint`), a converter
-cuts them out, and whatever differs from the list is an error. So no format has a reading or a writing loop
-of its own.
-
-    O outputs (rows)  I inputs  E experts  M expert size
-"""
+"""Which layout a checkpoint has: the formats of quantized tensors, one module each."""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from dgemma.errors import CheckpointError
-from dgemma.formats.quantized import Form
-from dgemma.network.spec import Param
-
-FLOATS = ("BF16", "F16", "F32")
-Place = tuple[int | slice, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One stored tensor: a field of the record `role` says, or the part of it at `place`.
-
-    Roles are the fields of `Quantized`, "value" for a tensor that is not quantized, and "unused" for what a
-    format stores and this program does not need. The first of `dtypes` and `shapes` is what is written; all
-    of them are read.
-    """
-
-    name: str
-    role: str
-    dtypes: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    place: Place | None = None  # None: the whole field
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a parameter is stored: its form (None: not quantized) and its tensors."""
-
-    param: Param
-    form: Form | None
-    pieces: tuple[Piece, ...]
-    divides: bool = False  # whether values are divided by the factor (compressed-tensors)
-
-
-class Layout:
-    """A format, for a checkpoint with tensors of these `names`: what is announced (in `where`), they confirm.
-
-    This base is the unquantized one: every parameter one tensor under Hugging Face's name. MLX adds
-    `.weight` to the names of experts, quantized or not.
-    """
-
-    name = "unquantized"
-
-    def __init__(self, names: Collection[str] = (), where: str = ""):
-        self.names, self.where = names, where
-
-    def form(self, param: Param) -> Form | None:
-        """How `param` is stored, None for not quantized."""
-        return None
-
-    def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
-        """The tensors of a parameter stored in this form."""
-        of_mlx = param.group == "experts" and f"{param.name}.weight" in self.names
-        yield Piece(f"{param.name}.weight" if of_mlx else param.name, "value", FLOATS, (param.shape,))
-
-    def source(self, param: Param) -> Source:
-        """How `param` is stored, tensor by tensor."""
-        form = self.form(param)
-        return Source(param, form, tuple(self.pieces(param, form)), self.divides(form))
-
-    def divides(self, form: Form | None) -> bool:
-        """Whether values of this form are divided by their factor."""
-        return False
-
-    def announces(self) -> bool:
-        """Whether config.json says that something is quantized."""
-        return False
-
-
-def module(param: Param) -> str:
-    """The module whose parameter this is: the name without `.weight`; experts are modules themselves."""
-    return param.name.removesuffix(".weight")
-
-
-def is_linear(param: Param) -> bool:
-    """Whether the parameter is a matrix of a linear layer, an embedding or a stack of experts."""
-    stacked = param.group == "experts"
-    return stacked or (len(param.shape) == 2 and param.name.endswith(".weight"))
-
-
-def check_experts(param: Param, names: Collection[str], where: str) -> None:
-    """CheckpointError for more experts than tensors: a list of theirs would be as long as announced."""
-    if names and param.group == "experts" and param.shape[0] > len(names):
-        raise CheckpointError(
-            f"{where}: announces {param.shape[0]} experts for {param.name!r}, but the files hold "
-            f"{len(names)} tensors in all"
-        )
-
-
-def linears(param: Param) -> Iterator[tuple[str, Place | None, tuple[int, int]]]:
-    """The separate linear layers of a parameter: module, place in the stack, shape [O, I].
-
-    Formats that quantize layer by layer take stacks of experts apart, and gate from up.
-    """
-    if param.group != "experts":
-        yield module(param), None, (param.shape[0], param.shape[1])
-        return
-    root, _, stack = param.name.rpartition(".")
-    experts, rows, inputs = param.shape
-    names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[stack]
-    height = rows // len(names)
-    for expert in range(experts):
-        for part, name in enumerate(names):
-            place = (expert, slice(part * height, (part + 1) * height))
-            yield f"{root}.{expert}.{name}", place, (height, inputs)
-
-
-def nvfp4_pieces(
-    path: str, place: Place | None, shape: tuple[int, int], names: tuple[str, str, str, str]
-) -> Iterator[Piece]:
-    """The tensors of one NVFP4 linear layer [O, I] under their four names: codes, block scales, factor, and
-    the scale of activations, which is not needed. Scalars are written as [] and read as [1], too.
-    """
-    rows, inputs = shape
-    codes, scales, factor, unused = (f"{path}.{name}" for name in names)
-    scalar: tuple[tuple[int, ...], ...] = ((), (1,))
-    yield Piece(codes, "codes", ("U8",), ((rows, inputs // 2),), place)
-    yield Piece(scales, "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
-    yield Piece(factor, "factor", ("F32",), scalar, place)
-    yield Piece(unused, "unused", ("F32",), scalar, place)
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether an exclusion pattern names a module or one that it lies in.
-
-    Patterns are paths, tails of paths or wildcards, as exporters write all three.
-    """
-    parts = path.split(".")
-    ends = range(len(parts), 0, -1)
-    return any(
-        fnmatchcase(candidate, pattern)
-        for end in ends
-        for candidate in (".".join(parts[:end]), *(".".join(parts[start:end]) for start in range(1, end)))
-    )
-
-
-SUPPORTED = (
-    "MLX (affine, mxfp4, mxfp8, nvfp4), ModelOpt NVFP4, compressed-tensors NVFP4 and FP8 with a scale a row"
-)
+from dgemma.checkpoint.layouts.base import Layout, unsupported
+from dgemma.checkpoint.layouts.compressed import CompressedLayout
+from dgemma.checkpoint.layouts.mlx import MlxLayout
+from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 
 
 def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection[str]) -> Layout:
@@ -167,25 +21,9 @@ def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection
         return Layout(names)
     method = announcement.get("quant_method")
     if method == "modelopt":
-        from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
-
         return ModelOptLayout(announcement, where, names)
     if method == "compressed-tensors":
-        from dgemma.checkpoint.layouts.compressed import CompressedLayout
-
         return CompressedLayout(announcement, where, names)
     if method in (None, "mlx") and "bits" in announcement:
-        from dgemma.checkpoint.layouts.mlx import MlxLayout
-
         return MlxLayout(announcement, where, names)
     raise unsupported(where, f"quant_method {reprlib.repr(method)}")
-
-
-def unsupported(where: str, what: str) -> CheckpointError:
-    """The error for a quantization that no layout here reads."""
-    return CheckpointError(f"{where}: quantized with {what}, which is not supported; supported: {SUPPORTED}")
-
-
-def strings(value: Any) -> list[str]:
-    """The strings of a list in a file, nothing for anything else."""
-    return [item for item in value if isinstance(item, str)] if isinstance(value, Iterable) else []

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dgemma.checkpoint.layouts import FLOATS, Layout, Piece, is_linear, module
+from dgemma.checkpoint.layouts.base import FLOATS, Layout, Piece, is_linear, module
 from dgemma.errors import CheckpointError, ConfigError
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, affine
 from dgemma.network.spec import Param

@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from dgemma.checkpoint.layouts import (
+from dgemma.checkpoint.layouts.base import (
     Layout,
     Piece,
     check_experts,

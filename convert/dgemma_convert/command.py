@@ -1,0 +1,73 @@
+"""`dgemma convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from dgemma.checkpoint.hub import EVERY_FILE, resolve
+from dgemma.commands.errors import OneLine
+from dgemma.commands.options import HELP
+from dgemma.commands.progress import progress_bar, stderr_console
+from dgemma.errors import CheckpointError
+from dgemma_convert.plan import make_plan, report, text
+from dgemma_convert.stream import convert as run
+
+
+@click.command(cls=OneLine, context_settings=HELP)
+@click.argument("source")
+@click.argument("dest", required=False, type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(["mlx", "nvfp4", "bf16"]), required=True, help="Format to write.")
+@click.option(
+    "--preset",
+    type=click.Choice(["quality", "balanced", "small"]),
+    default="balanced",
+    show_default=True,
+    help="What each class of weight becomes.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="CLASS=FORMAT",
+    help="Override a class (embed, attention, mlp, experts, router, self_conditioning, vision) or a module. "
+    "Formats: bf16, nvfp4, mxfp4, mxfp8, and 2bit to 8bit, 8bit-g32 for groups of 32. Repeatable.",
+)
+@click.option("--plan", "plan_only", is_flag=True, help="Print what would be written, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
+def convert(
+    source: str,
+    dest: Path | None,
+    to: str,
+    preset: str,
+    settings: tuple[str, ...],
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    """Convert SOURCE, a folder or a hub id in any format, into the folder DEST.
+
+    DEST appears when it is whole. An interrupted run goes on where it stopped when the same command is given
+    again. Memory stays near the largest tensor.
+
+    \b
+    dgemma convert google/diffusiongemma-26B-A4B-it model-mlx --to mlx
+    dgemma convert model-bf16 model-nvfp4 --to nvfp4
+    dgemma convert model-bf16 --to mlx --set experts=mxfp4 --plan
+    """
+    if dest is None and not plan_only:
+        raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
+    files = ["config.json", "generation_config.json"] if plan_only else EVERY_FILE
+    plan, checkpoint = make_plan(resolve(source, files=files), to, preset, settings, source)
+    facts = report(plan)
+    if plan_only or dest is None:
+        click.echo(json.dumps(facts) if as_json else text(facts))
+        return
+    if checkpoint is None:
+        raise CheckpointError(f"{source}: no .safetensors file here")
+    with progress_bar(stderr_console(), "converting", in_bytes=True) as update:
+        written = run(plan, checkpoint, dest.expanduser(), update)
+    click.echo(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}", err=True)
+    if as_json:
+        click.echo(json.dumps(facts | {"dest": str(dest)}))

@@ -1,0 +1,126 @@
+"""What the tensors must be, and what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgemma.checkpoint.layouts.base import SUPPORTED, Layout, Piece, Source
+from dgemma.checkpoint.safetensors import Entry
+from dgemma.errors import CheckpointError
+from dgemma.files import load_json
+from dgemma.network.config import Config
+from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
+
+# Names that only quantized formats use: MLX, ModelOpt, compressed-tensors, GPTQ.
+_QUANTIZED = re.compile(
+    r".*(\.(scales|biases|qweight|qzeros)|(weight|input)_(packed|scale(_2)?|scale_inv|global_scale))"
+)
+
+HF_QUANT_CONFIG = "hf_quant_config.json"
+
+
+def find_announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] | None, str]:
+    """What a folder says of its quantization, and the file that says it.
+
+    Older ModelOpt exports say it in a file of their own only.
+    """
+    path = folder / HF_QUANT_CONFIG
+    if config.quantization is not None or not path.exists():
+        return config.quantization, str(folder / "config.json")
+    own = load_json(path).get("quantization")
+    if not isinstance(own, Mapping):
+        raise CheckpointError(f"{path}: has no usable 'quantization'")
+    return {"quant_method": "modelopt", **own}, str(path)
+
+
+def find_contradictions(
+    layout: Layout, sources: Sequence[Source], entries: Mapping[str, Entry]
+) -> Iterator[str]:
+    """Where the tensors' names deny what is announced; `find_faults` has those that are not as announced."""
+    if not layout.announces():
+        yield from _unannounced(entries)
+    for source in sources:
+        inputs = source.param.shape[-1]
+        if source.form is not None and not source.form.fits(inputs):
+            yield f"{source.param.name!r} has rows of {inputs}, which {source.form} does not divide"
+    quantized = any(source.form for source in sources) or any(_looks_quantized(e) for e in entries.values())
+    if layout.announces() and not quantized:
+        first = sources[0].pieces[0].name
+        yield f"quantized with {layout.name} by its config.json, but no tensor is; first: {first!r}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one tensor: `kind` completes "3 tensors …", `text` names it and says the rest."""
+
+    kind: str
+    name: str
+    file: Path | None  # None for a missing one
+    text: str
+
+
+def find_faults(wanted: Mapping[str, Piece], entries: Mapping[str, Entry]) -> Iterator[Fault]:
+    """All that is missing, unknown, of the wrong type or shape, in this order."""
+    known = [(entry, wanted[name]) for name, entry in entries.items() if name in wanted]
+    for name in wanted:
+        if name not in entries:
+            yield Fault("missing", name, None, repr(name))
+    for name, entry in entries.items():
+        if name not in wanted and not is_skipped(name):
+            yield Fault("unknown", name, entry.file, f"{name!r} in {entry.file.name}")
+    for entry, piece in known:
+        if entry.dtype not in piece.dtypes:
+            text = f"{entry.name!r} is {entry.dtype}, not {', '.join(piece.dtypes)}, in {entry.file.name}"
+            yield Fault("of the wrong type", entry.name, entry.file, text)
+    for entry, piece in known:
+        if entry.shape not in piece.shapes:
+            text = f"{entry.name!r} is {entry.shape}, not {piece.shapes[0]}, in {entry.file.name}"
+            yield Fault("of the wrong shape", entry.name, entry.file, text)
+
+
+def summary(faults: Sequence[Fault]) -> str:
+    """Each kind with its number and its first tensors, in one line."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.kind, []).append(fault.text)
+    return "; ".join(f"{_count(found)} {kind}: {_first(found)}" for kind, found in kinds.items())
+
+
+def _looks_quantized(entry: Entry) -> bool:
+    """Whether a tensor has a name or a type that only quantized formats use."""
+    own = _QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype)
+    return own is not None and not is_skipped(entry.name)
+
+
+def _unannounced(entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Quantized tensors of a checkpoint whose config.json does not say so: which format, nobody knows."""
+    suspects = [
+        f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
+        for entry in entries.values()
+        if _looks_quantized(entry)
+    ]
+    if suspects:
+        yield (
+            f"quantized with a method that config.json does not announce; supported: {SUPPORTED}; "
+            f"{_count(suspects)}: {_first(suspects)}"
+        )
+
+
+def expected_parameters(config: Config, entries: Iterable[str]) -> list[Param]:
+    """The table to check against. A text-only export may lack the vision tower, but not a part of it."""
+    vision = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+    if any(name.startswith(vision) for name in entries):
+        return parameters(config)
+    return text_parameters(config)
+
+
+def _count(found: list[str]) -> str:
+    return f"{len(found)} tensor{'s' * (len(found) != 1)}"
+
+
+def _first(found: list[str], most: int = 3) -> str:
+    return ", ".join(found[:most]) + (", …" if len(found) > most else "")

@@ -1,0 +1,23 @@
+"""`dgemma info`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from dgemma.commands.errors import OneLine
+from dgemma.commands.options import HELP
+from dgemma.reports import info as library
+
+
+@click.command(cls=OneLine, context_settings=HELP)
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model: str, as_json: bool) -> None:
+    """Show the size of MODEL, a folder or a hub id, and the memory it needs.
+
+    Only config.json is needed; of a hub id nothing else is downloaded.
+    """
+    report = library.describe(model)
+    click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))

@@ -1,0 +1,70 @@
+"""What a terminal shows while something takes long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import progress as rich
+from rich.console import Console
+
+PATIENCE = 1.0  # seconds that work may take before anything is said about it
+AGAIN = 10.0  # and until it is said how far it has come
+
+
+def stderr_console() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(
+    console: Console, label: str, in_bytes: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, from the second that the work has taken one; gone when it is done."""
+    began = time.monotonic()
+    amount = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.TaskProgressColumn(),)
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amount, rich.TimeRemainingColumn())
+    bar = rich.Progress(*columns, console=console, transient=True)
+    task = bar.add_task(label, total=None)
+
+    def update(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            if time.monotonic() - began < PATIENCE or done >= total or not console.is_terminal:
+                return
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield update
+    finally:
+        if bar.live.is_started:  # else `stop` prints an empty line
+            bar.stop()
+
+
+@contextmanager
+def notice(console: Console, progress: Callable[[], str], what: str) -> Iterator[None]:
+    """A line on a terminal once the work has taken a second, then how far it is every ten.
+
+    From a thread, as the work is a single call; and no bar, as a live canvas may be on the screen already.
+    """
+    if not console.is_terminal:
+        yield
+        return
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        if over.wait(PATIENCE):
+            return
+        console.print(f"dgemma: {what} …")
+        while not over.wait(AGAIN):
+            console.print(f"dgemma: … {time.monotonic() - began:.0f} s{progress()}", highlight=False)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()

@@ -1,0 +1,96 @@
+"""What a generation says while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dgemma.text.chat import ToolCall
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompt slots encoded so far, of all."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row's canvas after one step.
+
+    `tokens` [L] is the argmax canvas, `accepted` [L] says which positions kept their sample, `entropy`
+    [L] is in nats. `step` counts from 1.
+    """
+
+    row: int
+    canvas: int
+    step: int
+    tokens: np.ndarray
+    accepted: np.ndarray
+    entropy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A row's canvas is final. `tokens` are its new ids, stop token included; `text` the new raw text."""
+
+    row: int
+    canvas: int
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a reply cost, by a wall clock that stops while the consumer holds an event.
+
+    Rows of a batch share the clock: it runs from the first event's request to the row's end.
+    """
+
+    prompt_tokens: int
+    tokens: int  # generated, stop token included
+    seconds: float
+    seconds_to_first_token: float
+    prefill_seconds: float
+    tokens_per_second: float  # tokens / seconds, prefill included
+    canvases: int
+    steps: int
+    steps_per_canvas: float
+    tokens_per_forward: float  # tokens / denoising steps
+    ms_per_step: float
+    peak_memory: int  # bytes
+    seed: int
+    backend: str
+    soft_missing: float = 0.0  # most probability that a soft embedding left out
+    soft_dense: float = 1.0  # share of soft embeddings that left nothing out
+
+
+@dataclass(frozen=True)
+class Done:
+    """A row's reply. `finish_reason` is "stop", "tool_calls" or "length"; `tokens` include the stop id."""
+
+    row: int
+    tokens: list[int]
+    text: str
+    thinking: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str
+    stats: Stats
+
+    def json(self) -> dict[str, Any]:
+        """The reply and its statistics as one flat dictionary."""
+        reply = {
+            "text": self.text,
+            "thinking": self.thinking,
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+            "token_ids": self.tokens,
+            "finish_reason": self.finish_reason,
+        }
+        return reply | asdict(self.stats)
+
+
+Event = Prefill | Draft | Committed | Done

@@ -1,0 +1,38 @@
+"""A tensor as a file holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A tensor as a file holds it, or one put together from several of them.
+
+    `data` may be read-only; bfloat16 in it is uint16, 8-bit floats are uint8. See `dgemma.checkpoint`.
+    """
+
+    name: str
+    dtype: str  # as safetensors names it: "BF16", "F16", "F32", ...
+    shape: tuple[int, ...]
+    data: np.ndarray
+    file: Path
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def __getitem__(self, rows: slice) -> Stored:
+        """A part along the first axis."""
+        data = self.data[rows]
+        return replace(self, shape=data.shape, data=data)
+
+    def to_float32(self) -> np.ndarray:
+        """The values, in memory of their own. Floating-point types of 16 bits and more only."""
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        assert self.data.dtype.kind == "f", self.dtype
+        return self.data.astype(np.float32)

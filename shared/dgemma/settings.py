@@ -1,0 +1,118 @@
+"""The sampler's numbers, and how generation_config.json says them."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from math import isfinite
+from typing import Any
+
+from dgemma.errors import ConfigError
+from dgemma.files import Reader
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampler and stopping numbers of generation_config.json (model.md: "The sampler, exactly")."""
+
+    steps: int  # N, denoising steps a canvas at most
+    t_max: float
+    t_min: float
+    entropy_bound: float  # nats
+    stability: int  # argmax canvas unchanged for so many steps
+    confidence: float  # nats, mean entropy
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    soft_bound: float = 0.0  # probability that a soft embedding may leave out; in no file, 0 is the reference
+
+    def override(self, **changes: Any) -> GenerationConfig:
+        """A copy with the given fields changed (None means unchanged), checked."""
+        known = {f.name for f in fields(self)}
+        if unknown := set(changes) - known:
+            raise ConfigError(
+                f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        given = {k: v for k, v in changes.items() if v is not None}
+        for name, value in given.items():
+            whole = name in ("steps", "stability", "max_new_tokens")
+            kind = tuple if name == "stop_ids" else int if whole else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{name} has the unusable value {reprlib.repr(value)}")
+            if isinstance(value, float) and not isfinite(value):
+                raise ConfigError(f"{name} must be a finite number")
+        return replace(self, **given)._checked()
+
+    def _checked(self) -> GenerationConfig:
+        rules = {
+            "steps must be at least 1": self.steps >= 1,
+            "t_min must be above 0": self.t_min > 0,
+            "t_max must not be below t_min": self.t_max >= self.t_min,
+            "entropy_bound must not be negative": self.entropy_bound >= 0,
+            "stability must not be negative": self.stability >= 0,
+            "confidence must be above 0": self.confidence > 0,
+            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
+            "soft_bound must be at least 0 and below 1": 0 <= self.soft_bound < 1,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ConfigError(rule)
+        return self
+
+
+# What a file means that does not say, or says null, as every model that transformers saves untouched:
+# transformers' own defaults, which are the released numbers.
+_SAMPLER_DEFAULTS: dict[str, Any] = {
+    "max_denoising_steps": 48,
+    "t_max": 0.8,
+    "t_min": 0.4,
+    "stability_threshold": 1,
+    "confidence_threshold": 0.005,
+    "max_new_tokens": 256,
+    "sampler_config": {},
+}
+
+
+def read_generation_config(
+    data: Mapping[str, Any] | None,
+    vocab_size: int,
+    where: str = "generation_config.json",
+    config: Mapping[str, Any] | None = None,
+) -> GenerationConfig:
+    """GenerationConfig from the dictionary of generation_config.json, None where there is no such file.
+
+    `config` is the dictionary of config.json: its own "generation_config" (mlx-community) stands in for
+    the file, its eos_token_id for stop ids that the file does not give. `vocab_size` bounds those.
+    Numbers that are absent or null are the reference's defaults. Raises ConfigError for a sampler that
+    is not the entropy-bound one, a value of the wrong type or outside its range.
+    """
+    config = config or {}
+    given = Reader(data if data is not None else config.get("generation_config") or {}, where).data
+    top = Reader(_SAMPLER_DEFAULTS | {k: v for k, v in given.items() if v is not None}, where)
+    sampler = top.sub("sampler_config")
+    name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
+    if name != "EntropyBoundSamplerConfig":
+        raise ConfigError(f"{sampler.where}: sampler {reprlib.repr(name)} is not supported")
+    result = GenerationConfig(
+        steps=top.size("max_denoising_steps"),
+        t_max=top.number("t_max"),
+        t_min=top.number("t_min"),
+        entropy_bound=sampler.number("entropy_bound", 0.1),
+        stability=top.get("stability_threshold", int),
+        confidence=top.number("confidence_threshold"),
+        max_new_tokens=top.size("max_new_tokens"),
+        stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
+    )
+    try:
+        return result._checked()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _stop_ids(stops: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+    for stop in stop_ids:
+        if type(stop) is not int or not 0 <= stop < vocab_size:
+            shown = reprlib.repr(stop)
+            raise ConfigError(f"{where}: eos_token_id {shown} is outside the vocabulary of {vocab_size}")
+    return stop_ids
