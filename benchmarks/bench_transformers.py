@@ -183,7 +183,7 @@ def compare(
 
     `why` says in a sentence why nothing was timed, in all or in one mode.
     """
-    facts = {"name": "transformers", "version": library().__version__, "dtype": str(ops.dtype)[6:]}
+    facts = {"name": "transformers", "version": library().__version__, "dtype": ops.dtype_name}
     _release(ops.device)
     try:
         check_room(ops, config, "bf16")

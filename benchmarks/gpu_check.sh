@@ -115,7 +115,7 @@ step kernel-tests 240 "${pytest[@]}" "${many[@]}" tests/kernels --ignore tests/k
 step bench-8-rows 120 "${bench[@]}" --rows 8
 step bench-fp8 150 "${bench[@]}" --format fp8
 if "$python" -c 'import torch; raise SystemExit(torch.cuda.get_device_capability() < (10, 0))'; then
-    step bench-w4a4 120 "${bench[@]}" --dtype nvfp4
+    step bench-w4a4 120 "${bench[@]}" --activations nvfp4
 fi
 step bench-skewed 120 "${bench[@]}" --skew 1
 step bench-16k 120 "${bench[@]}" --context 16384

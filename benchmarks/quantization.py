@@ -23,8 +23,8 @@ from rich.progress import track
 
 from benchmarks.tiny import tasks
 from benchmarks.tiny.evaluate import Score, score
+from dgemma.backends import make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.loading import make_ops
 from dgemma.model import Model
 from dgemma.reports import against, tables
 from dgemma.text.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class Recipe:
     to: str
     preset: str = "balanced"
     settings: tuple[str, ...] = ()
-    w4a4: bool = False  # what goes into experts is quantized, too: `--dtype nvfp4`
+    w4a4: bool = False  # what goes into experts is quantized, too: `--activations nvfp4`
 
     def __str__(self) -> str:
         parts = [f"--to {self.to}", *(["--preset " + self.preset] if self.preset != "balanced" else [])]
@@ -65,7 +65,7 @@ RECIPES = (
 
 
 def w4a4_ops() -> Any:
-    """PyTorch with what `--dtype nvfp4` makes of activations, and without its kernels."""
+    """PyTorch with what `--activations nvfp4` makes of activations, and without its kernels."""
     from dgemma_cuda.kernels.fp4 import quantized_plain
     from dgemma_cuda.ops import CudaOps
 

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 
 from dgemma.formats.quantized import Quantized
-from dgemma.model import Context, Model
+from dgemma.model import Model
 from dgemma.network import graph
 from dgemma.network.config import Config, LayerConfig
+from dgemma.network.ops import Mask
+from dgemma.network.ops.vocabulary import embed
+from dgemma.network.runner import Context
 from dgemma.network.weights import LayerWeights
 from dgemma.reports.tables import amount, table
 from dgemma.settings import GenerationConfig
@@ -156,7 +159,7 @@ class Bench:
             calls.append((q, (own, own), (k, v)))
             size += k.nbytes + v.nbytes + 2 * own.nbytes + 2 * q.nbytes
             flops += 4 * B * config.heads * L * (k.shape[2] + L) * layer.head_dim
-        ms = clock(ops, lambda: [ops.attend(*call, None, False, None) for call in calls], repeats)
+        ms = clock(ops, lambda: [ops.attend(*call, Mask()) for call in calls], repeats)
         return Part("attention", ms, size, flops)
 
     def _projections(self, w: LayerWeights) -> list[Any]:
@@ -209,7 +212,7 @@ def prepare(
     canvas = rng.integers(0, config.vocab_size, (rows, config.canvas_length))
     shape = (*canvas.shape, config.hidden_size)
     hidden = torch.randn(shape, device=ops.device, dtype=ops.dtype)
-    return Bench(ops, model, encoded, hidden, canvas, ops.embed(weights.embed, ops.asarray(canvas)))
+    return Bench(ops, model, encoded, hidden, canvas, embed(ops, weights.embed, ops.asarray(canvas)))
 
 
 @torch.inference_mode()
@@ -240,7 +243,7 @@ def run(
         "device": torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "format": form,
-        "dtype": str(ops.dtype).rpartition(".")[2],
+        "dtype": ops.dtype_name,
         "context": context,
         "rows": rows,
         "skew": skew,

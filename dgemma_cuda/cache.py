@@ -8,7 +8,7 @@ is attention over, and memory for, at most half as many slots again.
 from __future__ import annotations
 
 from dgemma.network.cache import Cache
-from dgemma.network.graph import KV
+from dgemma.network.ops import KV
 
 
 def bucket(slots: int) -> int:

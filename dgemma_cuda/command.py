@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from dgemma.backends import ACTIVATIONS, DTYPES, make_ops
 from dgemma.commands.errors import OneLine
 from dgemma.commands.options import HELP, Number
-from dgemma.commands.progress import stderr_console
+from dgemma.commands.progress import TerminalNotices, stderr_console
 from dgemma.files import load_json
-from dgemma.loading import DTYPES, make_ops
 from dgemma.network.config import Config, read_config
 from dgemma.released import RELEASED_DIR
 from dgemma.tiny import MODEL_DIR
@@ -40,6 +40,7 @@ from dgemma.tiny import MODEL_DIR
 )
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps to time.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of activations.")
+@click.option("--activations", type=click.Choice(ACTIVATIONS), help="Quantize what goes into experts, too.")
 @click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
@@ -52,6 +53,7 @@ def bench(
     skew: float,
     steps: int,
     dtype: str | None,
+    activations: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -61,10 +63,11 @@ def bench(
     bandwidth and matrix throughput.
     """
     _, config = read_geometry(geometry)
-    ops: Any = make_ops(backend, dtype, device)
+    console = stderr_console()
+    ops: Any = make_ops(backend, dtype, device, activations, TerminalNotices(console))
     from dgemma_cuda import bench as library
 
-    with stderr_console().status("starting") as status:
+    with console.status("starting") as status:
         report = library.run(ops, config, form, context, rows, skew, steps, status.update)
     click.echo(json.dumps(report) if as_json else library.text(report))
 

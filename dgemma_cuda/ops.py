@@ -6,7 +6,6 @@ differentiable, so that the same graph also trains.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,9 +19,9 @@ import torch.nn.functional as F
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.formats.stored import Stored
-from dgemma.network.cache import Cache
-from dgemma.network.config import Config
-from dgemma.network.ops import Array, Guess, Ops
+from dgemma.network.ops import KV, Array, Mask, Notices, Ops, Prediction
+from dgemma.network.ops.decoding import dense
+from dgemma.network.ops.layers import visible
 
 from .cache import BucketCache
 from .graphs import Graphed, Replay, record_cuda
@@ -38,10 +37,22 @@ class CudaOps(Ops):
     name = "cuda"
 
     def __init__(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, w4a4: bool = False
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        w4a4: bool = False,
+        kernels: bool | None = None,
+        notices: Notices | None = None,
     ):
+        """`kernels`: whether ours run; by default on a GPU that has them, in bfloat16."""
+        super().__init__(notices)
         self.device, self.dtype = torch.device(device), dtype
+        self.dtype_name = str(dtype).removeprefix("torch.")
+        self._kernels = kernels
+        self.vocab_rows = vocabulary.ROWS if self.device.type == "cuda" else self.vocab_rows
+        self.cache_type = BucketCache if self.device.type == "cuda" else None
         self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too
+        self.activations = "nvfp4" if w4a4 else None
         self.reads_host = False  # whether some expert product had to: such steps cannot be recorded
 
     def asarray(self, x: np.ndarray) -> Array:
@@ -76,10 +87,10 @@ class CudaOps(Ops):
     def rounded(self, x: float) -> float:
         return float(torch.tensor(x, dtype=self.dtype))
 
-    def wide(self, x: Array) -> Array:
+    def to_wide(self, x: Array) -> Array:
         return x.float()
 
-    def compute(self, x: Array) -> Array:
+    def to_compute(self, x: Array) -> Array:
         return x.to(self.dtype)
 
     def like(self, x: Array, reference: Array) -> Array:
@@ -140,7 +151,7 @@ class CudaOps(Ops):
         if isinstance(weight, Tiled):
             y = linear.linear(x, weight)
             return y if bias is None else y + bias
-        return F.linear(x, self.dense(weight), bias)
+        return F.linear(x, dense(self, weight), bias)
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
         ends = torch.searchsorted(experts, torch.arange(len(weight), device=x.device), right=True)
@@ -151,7 +162,7 @@ class CudaOps(Ops):
         self.reads_host = True
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
-            F.linear(rows, self.dense(weight[expert]))
+            F.linear(rows, dense(self, weight[expert]))
             for expert, rows in enumerate(x.split(counts))
             if len(rows)
         ]
@@ -171,9 +182,6 @@ class CudaOps(Ops):
             return super().free_memory()
         return torch.cuda.mem_get_info(self.device)[0]
 
-    def cache(self, config: Config) -> Cache:
-        return BucketCache(self, config) if self.device.type == "cuda" else Cache(self, config)
-
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """Steps with our kernels are recorded as CUDA graphs, unless a prefill showed host reads in them."""
         if self.device.type != "cuda":
@@ -190,25 +198,25 @@ class CudaOps(Ops):
         todo = ["compiling kernels for this GPU; they are kept for the next run"]
 
         def run(*args: Any) -> Any:
-            with self.waiting(todo.pop()) if todo else nullcontext():
+            with self.notices.working(todo.pop(), compiling.progress) if todo else nullcontext():
                 return fn(*args)
 
         return run
 
     def _record(self, run: Callable[[], Any]) -> tuple[Replay, Any]:
-        with self.waiting("recording a denoising step; once for each size of batch and context"):
+        what = "recording a denoising step; once for each size of batch and context"
+        with self.notices.working(what, compiling.progress):
             return record_cuda(run)
-
-    def progress(self) -> str:
-        return f", {compiling.made} kernels compiled" if compiling.made else ""
 
     @cached_property
     def kernels(self) -> bool:
-        """Whether our kernels run: on a GPU that has them, in bfloat16."""
+        """Whether our kernels run."""
+        if self._kernels is not None:
+            return self._kernels
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return False
         if reason := supported(self.device):
-            print(f"dgemma: {reason}; PyTorch's own operations run instead, slower", file=sys.stderr)
+            self.notices.say(f"{reason}; PyTorch's own operations run instead, slower")
         else:
             compiling.watch()
         return reason is None
@@ -231,7 +239,7 @@ class CudaOps(Ops):
         return super().experts(x, weights, ids, self._stack(gate_up), self._stack(down))
 
     def _stack(self, weight: Array) -> Array:
-        return self.compute(untile(weight)) if isinstance(weight, Tiled) else weight
+        return self.to_compute(untile(weight)) if isinstance(weight, Tiled) else weight
 
     def softmax(self, x: Array, axis: int) -> Array:
         return torch.softmax(x, axis)
@@ -243,42 +251,33 @@ class CudaOps(Ops):
     def gelu(self, x: Array) -> Array:
         return F.gelu(x, approximate="tanh")
 
-    def attention(
-        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
-    ) -> Array:
+    def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         if self.kernels:
-            return attention.attention(q, k, v, pad, causal, window)
+            return attention.attention(q, k, v, mask)
         L, S = q.shape[2], k.shape[2]
-        square = causal and pad is None and L == S and (window is None or window >= S)
-        mask = None if square else self.visible(L, S, pad, causal, window)
+        whole = mask.pad is None and (mask.window is None or mask.window >= S)
+        square = mask.causal and whole and L == S
+        seen = None if square else visible(self, L, S, mask)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=seen, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
         )
 
-    def attend(
-        self,
-        q: Array,
-        own: tuple[Array, Array],
-        past: tuple[Array, Array] | None,
-        pad: Array | None,
-        causal: bool,
-        window: int | None,
-    ) -> Array:
+    def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
         if self.kernels:
-            return attention.attend(q, own, past, pad, causal, window)
-        return super().attend(q, own, past, pad, causal, window)
+            return attention.attend(q, own, past, mask)
+        return super().attend(q, own, past, mask)
 
-    def vocabulary(
+    def vocabulary_rows(
         self,
         h: Array,
         table: Array,
         softcap: float,
-        temperature: Array | float,
+        temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
-    ) -> Guess:
+    ) -> Prediction:
         if not self.kernels or not isinstance(table, torch.Tensor):
-            return super().vocabulary(h, table, softcap, temperature, uniforms, soft_bound)
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
         sparse = vocabulary.Sparse(missing=soft_bound)
@@ -301,28 +300,34 @@ def _in_fp4(weight: Array) -> Tiled:
     return weight
 
 
-def make(dtype: str | None, device: str | None) -> CudaOps:
-    """CudaOps on `device`, by default the first GPU, else the CPU with a notice on stderr.
+def make(
+    dtype: str | None = None,
+    device: str | None = None,
+    activations: str | None = None,
+    notices: Notices | None = None,
+) -> CudaOps:
+    """CudaOps on `device`, by default the first GPU, else the CPU with a notice.
 
-    `dtype` None means bfloat16 on a GPU and float32 on a CPU, "nvfp4" bfloat16 with W4A4 experts: see
-    `kernels.fp4`. BackendError if the device, or what is asked of it, is not there.
+    `dtype` None means bfloat16 on a GPU and float32 on a CPU. `activations` "nvfp4" quantizes what goes into
+    experts in NVFP4, too: see `kernels.fp4`. BackendError if the device, or what is asked of it, is not
+    there.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
-            print("dgemma: no CUDA device found, the cuda backend runs on the CPU", file=sys.stderr)
+            (notices or Notices()).say("no CUDA device found, the cuda backend runs on the CPU")
     try:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BackendError(f"device {device!r} is not usable: {reason}") from None
+    if activations and dtype == "float32":
+        raise BackendError("activations in NVFP4 need bfloat16 beside them, not float32")
+    if activations and (missing := fp4.unsupported(place)):
+        raise BackendError(f"activations in NVFP4 are not possible here: {missing}")
     if dtype is None:
-        dtype = "float32" if place.type == "cpu" else "bfloat16"
-    if w4a4 := dtype == "nvfp4":
-        if missing := fp4.unsupported(place):
-            raise BackendError(f"activations in NVFP4 are not possible here: {missing}")
-        dtype = "bfloat16"
+        dtype = "bfloat16" if activations or place.type != "cpu" else "float32"
     # A soft embedding sums over the whole vocabulary: not in bfloat16, which cuBLAS may do otherwise.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return CudaOps(place, getattr(torch, dtype), w4a4)
+    return CudaOps(place, getattr(torch, dtype), activations is not None, notices=notices)

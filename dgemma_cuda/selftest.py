@@ -6,46 +6,28 @@ GPU the report says so, and what was not checked: kernels interpreted on a CPU a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from dgemma.files import load_json
 from dgemma.formats.quantized import FP8, NVFP4, Form
-from dgemma.network.config import Config
+from dgemma.network.config import Config, read_config
+from dgemma.network.ops import Mask
+from dgemma.network.ops.layers import top_k
 from dgemma.network.spec import Param
+from dgemma.released import RELEASED_DIR
+from dgemma.reports.selftest import Check, difference, found, nothing
 
 from .bench import ceilings, clock
 from .graphs import Followed
 from .kernels import attention, fp4, linear, moe, vocabulary
 from .kernels.launch import supported
-from .ops import CudaOps
+from .ops import CudaOps, make
 from .synthetic import random_record
 
 REPEATS = 10
-
-
-@dataclass(frozen=True)
-class Check:
-    """A kernel and its twin: largest difference over the largest value, milliseconds, bytes moved."""
-
-    name: str
-    error: float
-    bound: float
-    ms: float
-    plain_ms: float
-    nbytes: int
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound  # NaN is not
-
-
-def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference over the largest value."""
-    got, wanted = got.float(), wanted.float()
-    return float((got - wanted).abs().max() / wanted.abs().max())
 
 
 def checks(ops: CudaOps, config: Config, context: int) -> Iterator[Check]:
@@ -66,12 +48,18 @@ def checks(ops: CudaOps, config: Config, context: int) -> Iterator[Check]:
 
 
 def _timed(
-    ops: CudaOps, name: str, bound: float, nbytes: int, kernel: Callable[[], Any], plain: Callable[[], Any]
+    ops: CudaOps,
+    kernel: str,
+    what: str,
+    bound: float,
+    nbytes: int,
+    run: Callable[[], Any],
+    plain: Callable[[], Any],
 ) -> Check:
-    error = difference(kernel(), plain())
+    error = difference([ops.to_numpy(run())], [ops.to_numpy(plain())])
     # Twins may read the host, which a recording must not: they are timed as they run.
-    times = clock(ops, kernel, REPEATS), clock(ops, plain, 3, record=False)
-    return Check(name, error, bound, *times, nbytes)
+    times = clock(ops, run, REPEATS), clock(ops, plain, 3, record=False)
+    return Check(kernel, what, ops.dtype_name, error, bound, *times, nbytes)
 
 
 Normal = Callable[..., torch.Tensor]
@@ -90,12 +78,13 @@ def _experts(
     ]
     x = normal(config.canvas_length, D)
     scores = torch.rand(len(x), E, generator=generator, device=ops.device)
-    weights, ids = ops.top_k(torch.softmax(scores, -1), config.top_k)
+    weights, ids = top_k(ops, torch.softmax(scores, -1), config.top_k)
     args = (x, weights.float(), ids, *stacks)
     nbytes = sum(stack.nbytes for stack in stacks)
     return _timed(
         ops,
-        f"experts, {form}" + ", W4A4" * w4a4,
+        "experts",
+        f"{form}" + ", W4A4" * w4a4,
         2**-4 if w4a4 else 2**-5,
         nbytes,
         lambda: kernels.experts(*args),
@@ -111,7 +100,8 @@ def _linear(ops: CudaOps, config: Config, form: Form, normal: Normal, generator:
     nbytes = w.nbytes + x.nbytes + x.element_size() * len(x) * shape[0]
     return _timed(
         ops,
-        f"linear, {form}",
+        "linear",
+        f"{form}",
         2**-6,
         nbytes,
         lambda: linear.linear(x, w),
@@ -128,15 +118,16 @@ def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: No
     k, v = (normal(1, layer.kv_heads, slots, C) for _ in range(2))
     own, past = (k[:, :, -L:], v[:, :, -L:]), (k[:, :, :-L], v[:, :, :-L])
     (remote,) = Followed([past]).seen  # as a recorded step has it
-    pad = torch.tensor([3], device=ops.device)
+    mask = Mask(torch.tensor([3], device=ops.device))
     nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
     return _timed(
         ops,
-        f"attention, heads of {C}",
+        "attention",
+        f"heads of {C}",
         2**-6,
         nbytes,
-        lambda: attention.attend(q, own, remote, pad, False, None),
-        lambda: attention.attention_plain(q, k, v, pad, False, None),
+        lambda: attention.attend(q, own, remote, mask),
+        lambda: attention.attention_plain(q, k, v, mask),
     )
 
 
@@ -150,7 +141,8 @@ def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]
     for field, bound in (("entropy", 1e-2), ("soft", 2**-5)):
         yield _timed(
             ops,
-            f"vocabulary, {field}",
+            "vocabulary",
+            field,
             bound,
             nbytes,
             lambda field=field: getattr(vocabulary.vocabulary(*args), field),  # type: ignore[misc]
@@ -158,36 +150,26 @@ def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]
         )
 
 
-def run(ops: CudaOps, config: Config, context: int = 1024) -> dict[str, Any]:
-    """The whole report, ready for JSON; `ok` is None where nothing could be checked."""
+Progress = Callable[[str], None]
+
+
+def check_all(device: str | None = None, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """The whole report at the released sizes, ready for JSON (`dgemma.reports.selftest`)."""
+    return run(make(device=device), read_config(load_json(RELEASED_DIR / "config.json")), progress=progress)
+
+
+def run(
+    ops: CudaOps, config: Config, context: int = 1024, progress: Progress = lambda what: None
+) -> dict[str, Any]:
+    """The report of a geometry."""
     if reason := supported(ops.device):
-        return {"device": str(ops.device), "ok": None, "why": reason, "checks": []}
+        return nothing(str(ops.device), reason)
+    done = []
     with torch.inference_mode():
         limits = ceilings(ops)
-        done = list(checks(ops, config, context))
-    return {
-        "device": torch.cuda.get_device_name(ops.device) if ops.device.type == "cuda" else "cpu, interpreted",
-        "ok": all(check.ok for check in done),
-        "why": None,
-        "ceilings": limits,
-        "checks": [asdict(check) | {"ok": check.ok} for check in done],
-    }
-
-
-def text(report: Mapping[str, Any]) -> str:
-    """The report of `run` to read."""
-    from dgemma.reports.tables import table
-
-    if report["ok"] is None:
-        return (
-            f"{report['device']}: no kernel was checked, because {report['why']}. Nothing is missing without "
-            "one: the backend runs on PyTorch's own operations."
-        )
-    copy = report["ceilings"]["bytes_per_s"] / 1e9
-    rows = [["check", "error", "bound", "", "ms", "plain ms", "GB/s", "of the copy's"]]
-    for c in report["checks"]:
-        speed = c["nbytes"] / c["ms"] / 1e6
-        verdict = "ok" if c["ok"] else "WRONG"
-        figures = f"{c['ms']:.3f}", f"{c['plain_ms']:.2f}", f"{speed:,.0f}", f"{speed / copy:.0%}"
-        rows.append([c["name"], f"{c['error']:.2g}", f"{c['bound']:.2g}", verdict, *figures])
-    return "\n".join([f"{report['device']}; a copy moves {copy:,.0f} GB/s", "", *table(rows)])
+        for check in checks(ops, config, context):
+            progress(f"checked {check.kernel}, {check.what}")
+            done.append(check)
+    on_gpu = ops.device.type == "cuda"
+    device = torch.cuda.get_device_name(ops.device) if on_gpu else "cpu, interpreted"
+    return found(device, done, ceilings=limits)

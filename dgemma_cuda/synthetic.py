@@ -37,7 +37,7 @@ _E2M1_RMS = 2.93
 def check_room(ops: CudaOps, config: Config, form: str) -> None:
     """BackendError with the numbers if weights and a tenth for all else are more than the device has free."""
     stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
-    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == str(ops.dtype).rpartition(".")[2])
+    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == ops.dtype_name)
     needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
     if free is not None and needed > free:
         raise BackendError(

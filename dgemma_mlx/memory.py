@@ -7,8 +7,7 @@ when the first run begins and put back when the last one ends, however it ends.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -23,11 +22,14 @@ _before = (0, 0)  # limits to go back to: wired, cache
 
 
 @contextmanager
-def limits(on_gpu: bool) -> Iterator[None]:
-    """Limits for one run, shared by runs that overlap; on a CPU only the cache's."""
+def limits(on_gpu: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """Limits for one run, shared by runs that overlap; on a CPU only the cache's.
+
+    `say` is told where the model hardly fits.
+    """
     global _runs, _before
     if _runs == 0:
-        _before = _enter(on_gpu)
+        _before = _enter(on_gpu, say)
     _runs += 1
     try:
         yield
@@ -40,14 +42,14 @@ def limits(on_gpu: bool) -> Iterator[None]:
             mx.set_cache_limit(_before[1])
 
 
-def _enter(on_gpu: bool) -> tuple[int, int]:
-    """Set the limits, warn where the model hardly fits; returns the limits there were."""
+def _enter(on_gpu: bool, say: Callable[[str], None]) -> tuple[int, int]:
+    """Set the limits; returns those that there were."""
     wired = 0
     if on_gpu:
         room = int(mx.device_info()["max_recommended_working_set_size"])
         wired = mx.set_wired_limit(room)
         if message := crowded(mx.get_active_memory(), room):
-            print(f"dgemma: {message}", file=sys.stderr)
+            say(message)
     return wired, mx.set_cache_limit(CACHE_LIMIT)
 
 

@@ -24,8 +24,10 @@ import numpy as np
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import MXFP8, Quantized
 from dgemma.formats.stored import Stored
-from dgemma.network.ops import Array, Guess, Ops
-from dgemma.network.weights import AttentionWeights, BiasWeights, MlpWeights
+from dgemma.network.ops import KV, Array, Mask, Notices, Ops, Prediction
+from dgemma.network.ops.decoding import dense, dequantize
+from dgemma.network.ops.layers import geglu, visible
+from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights
 
 from . import elementary, verdict
 from .kernels import attention, moe, norms, plan, vocabulary
@@ -49,12 +51,19 @@ class MlxOps(Ops):
     # of bfloat16 at 256 rows.
     vocab_tile = 49152
 
-    def __init__(self, dtype: mx.Dtype = mx.float32, kernels: frozenset[str] | None = None):
+    def __init__(
+        self,
+        dtype: mx.Dtype = mx.float32,
+        kernels: frozenset[str] | None = None,
+        notices: Notices | None = None,
+    ):
         """`kernels` are the names in `verdict.KERNELS` that run; by default those proven on this machine."""
         if dtype not in (mx.float32, mx.bfloat16):
             kind = str(dtype).removeprefix("mlx.core.")
             raise BackendError(f"MLX runs in bfloat16 or float32, not {kind}: float16 overflows")
+        super().__init__(notices)
         self.dtype, self._kernels = dtype, kernels
+        self.dtype_name = str(dtype).removeprefix("mlx.core.")
         self.on_gpu = mx.default_device().type == mx.gpu
         if not self.on_gpu:  # up to ten operations are in flight there, each with its array; smaller ones
             self.vocab_tile, self.score_bytes = 2048, 2 << 20  # stay in its caches, too
@@ -62,9 +71,15 @@ class MlxOps(Ops):
     @property
     def kernels(self) -> frozenset[str]:
         """Composites that a Metal kernel replaces."""
-        if self._kernels is not None:
-            return self._kernels
-        return verdict.enabled() if self.on_gpu else frozenset()
+        if self._kernels is None:
+            self._kernels = self._proven() if self.on_gpu else frozenset()
+        return self._kernels
+
+    def _proven(self) -> frozenset[str]:
+        found = verdict.read()
+        if message := verdict.notice(found):
+            self.notices.say(message)
+        return verdict.enabled(found)
 
     def asarray(self, x: np.ndarray) -> Array:
         x = np.asarray(x)
@@ -89,15 +104,15 @@ class MlxOps(Ops):
         return x.astype(mx.int32)
 
     def to_numpy(self, x: Array) -> np.ndarray:
-        return np.array(self.wide(x) if mx.issubdtype(x.dtype, mx.floating) else x)
+        return np.array(self.to_wide(x) if mx.issubdtype(x.dtype, mx.floating) else x)
 
     def rounded(self, x: float) -> float:
         return float(mx.array(x, self.dtype).item())  # type: ignore[arg-type]
 
-    def wide(self, x: Array) -> Array:
+    def to_wide(self, x: Array) -> Array:
         return x.astype(mx.float32)
 
-    def compute(self, x: Array) -> Array:
+    def to_compute(self, x: Array) -> Array:
         return x.astype(self.dtype)
 
     def like(self, x: Array, reference: Array) -> Array:
@@ -164,7 +179,7 @@ class MlxOps(Ops):
             y = self._packed_linear(x, weight)
             return y if bias is None else y + bias
         if not self.on_gpu:  # the CPU multiplies bfloat16 one by one, float32 with its BLAS
-            y = self.like(self.wide(x) @ self.wide(weight).T, x)
+            y = self.like(self.to_wide(x) @ self.to_wide(weight).T, x)
             return y if bias is None else y + bias
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
@@ -172,7 +187,7 @@ class MlxOps(Ops):
         if self.on_gpu:
             y = mx.quantized_matmul(x, _words(w), **_packed(w))
         else:  # decoded for the BLAS: thirty times as fast as the CPU's packed product
-            y = self.wide(x) @ self.decoded(w).T
+            y = self.to_wide(x) @ self.decoded(w).T
         return self.like(self._factored(y, w, w.factor), x)
 
     def decoded(self, w: Quantized, dtype: mx.Dtype = mx.float32) -> Array:
@@ -180,7 +195,7 @@ class MlxOps(Ops):
         form = w.form
         assert w.scales is not None, form
         if prod(w.shape) % 32:  # MLX 0.32 reshapes the codes by 32, whatever the group
-            return self.dequantize(replace(w, factor=None)).astype(dtype)
+            return dequantize(self, replace(w, factor=None)).astype(dtype)
         return mx.dequantize(_words(w), w.scales, w.biases, form.group, form.bits, form.mode, dtype=dtype)
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
@@ -189,12 +204,12 @@ class MlxOps(Ops):
             factor = None if weight.factor is None else weight.factor[experts]
             return self.like(self._factored(y, weight, factor), x)
         if not self.on_gpu:  # the CPU's gather_mm takes nothing but float32
-            return self.like(_expert_linear(self.wide(x), self.wide(weight), experts), x)
+            return self.like(_expert_linear(self.to_wide(x), self.to_wide(weight), experts), x)
         return _expert_linear(x, weight, experts)
 
     def _packed_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
         if not self.on_gpu:
-            return self._decoded_experts(self.wide(x), replace(w, factor=None), experts)
+            return self._decoded_experts(self.to_wide(x), replace(w, factor=None), experts)
         rows = x.reshape(-1, 1, x.shape[-1])
         return mx.gather_qmm(rows, _words(w), rhs_indices=experts, sorted_indices=True, **_packed(w))[:, 0]
 
@@ -213,12 +228,12 @@ class MlxOps(Ops):
     def _factored(self, y: Array, w: Quantized, factor: Array | None) -> Array:
         if factor is None:
             return y
-        return self.wide(y) / factor if w.divides else self.wide(y) * factor
+        return self.to_wide(y) / factor if w.divides else self.to_wide(y) * factor
 
     # ---- what a backend may do differently ------------------------------------------------------
 
     def running(self) -> AbstractContextManager[None]:
-        return limits(self.on_gpu)
+        return limits(self.on_gpu, self.notices.say)
 
     def peak_memory(self) -> int:
         return mx.get_peak_memory()
@@ -235,36 +250,28 @@ class MlxOps(Ops):
 
     # ---- composites with something better than the definition -----------------------------------
 
-    def place(self, record: Quantized) -> Quantized:
+    def upload(self, record: Quantized) -> Quantized:
         """FP8 rows become MXFP8 with scales of 1: MLX has no mode of one scale a row, but has the factor."""
-        placed = super().place(record)
+        placed = super().upload(record)
         if record.form.mode == "fp8":
             if not MXFP8.fits(record.shape[-1]):
-                return self.dense(placed)
+                return dense(self, placed)
             ones = mx.full((*record.shape[:-1], record.shape[-1] // MXFP8.group), 127, mx.uint8)
             placed = replace(placed, form=MXFP8, scales=ones)
         placed.map(mx.eval)
         return placed
 
-    def mlp_weights(self, gate: Array, up: Array, down: Array) -> MlpWeights:
-        """Gate and up become one matrix where they are of one form: one product, one reading of x."""
-        stacked = _stacked(gate, up)
-        return MlpWeights(gate, up, down) if stacked is None else MlpWeights(stacked, None, down)
-
-    def attention_weights(self, w: AttentionWeights, biased: bool) -> AttentionWeights:
-        """q, k and v become one matrix where they are of one form, without biases: one product."""
-        parts = [w.q, w.k] if w.v is None else [w.q, w.k, w.v]
-        stacked = None if biased else _stacked(*parts)
-        if stacked is None:
-            return w
-        return replace(w, q=stacked, k=None, v=None, rows=tuple(part.shape[0] for part in parts))
+    def layer_weights(self, w: LayerWeights) -> LayerWeights:
+        """Matrices that read the same x become one where they are of one form: one product, one reading."""
+        attention = w.attention if w.bias.q is not None else stacked_heads(w.attention)
+        return replace(w, attention=attention, mlp=_stacked_mlp(w.mlp))
 
     def gated(self, x: Array, gate: Array, up: Array) -> Array:
         if up is not None:
             return super().gated(x, gate, up)
         y = self.linear(x, gate)
         half = y.shape[-1] // 2
-        return self.geglu(y[..., :half], y[..., half:])
+        return geglu(self, y[..., :half], y[..., half:])
 
     def soft_embedding(self, p: Array, table: Array) -> Array:
         if not isinstance(table, Quantized):
@@ -272,18 +279,18 @@ class MlxOps(Ops):
         if table.factor is not None:  # it belongs to the rows that are summed over
             p = p / table.factor if table.divides else p * table.factor
         if not self.on_gpu:
-            return self.compute(self.wide(self.compute(p)) @ self.decoded(table))
-        return mx.quantized_matmul(self.compute(p), _words(table), **_packed(table, transpose=False))
+            return self.to_compute(self.to_wide(self.to_compute(p)) @ self.decoded(table))
+        return mx.quantized_matmul(self.to_compute(p), _words(table), **_packed(table, transpose=False))
 
-    def _vocabulary(
+    def vocabulary_rows(
         self,
         h: Array,
         table: Array,
         softcap: float,
-        temperature: Array | float,
+        temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
-    ) -> Guess:
+    ) -> Prediction:
         step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
         if not soft_bound:
             return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)
@@ -298,7 +305,7 @@ class MlxOps(Ops):
         if weight is None:
             return mx.fast.rms_norm(x, None, eps)
         # In bfloat16 the kernel would round before the weight and again after it.
-        return self.like(mx.fast.rms_norm(self.wide(x), self.wide(weight), eps), x)
+        return self.like(mx.fast.rms_norm(self.to_wide(x), self.to_wide(weight), eps), x)
 
     def open_branches(
         self, h: Array, a: Array, post: Array, mlp: Array, experts: Array, router: Array, eps: float
@@ -352,39 +359,29 @@ class MlxOps(Ops):
     def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
         if "router" not in self.kernels:
             return super().router(r, proj, expert_scale, k)
-        return plan.route(self.linear(r, self.wide(proj)), expert_scale, k)
+        return plan.route(self.linear(r, self.to_wide(proj)), expert_scale, k)
 
     def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
         if "experts" not in self.kernels:
             return super().experts(x, weights, ids, gate_up, down)
         return moe.experts(self, x, weights, ids, gate_up, down, fused="gather" in self.kernels)
 
-    def attend(
-        self,
-        q: Array,
-        own: tuple[Array, Array],
-        past: tuple[Array, Array] | None,
-        pad: Array | None,
-        causal: bool,
-        window: int | None,
-    ) -> Array:
+    def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
         run = attention.attend if "attend" in self.kernels else attention.attend_plain
-        return run(self, q, own, past, pad, causal, window)
+        return run(self, q, own, past, mask)
 
-    def attention(
-        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
-    ) -> Array:
+    def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         L, S = q.shape[2], k.shape[2]
-        mask = None if causal else self.visible(L, S, pad, False, None)
+        seen = None if mask.causal else visible(self, L, S, mask)
         parts: list[Array] = []
-        for a, b in self._blocks(q.shape, S, window if causal else None):
+        for a, b in self._blocks(q.shape, S, mask.window if mask.causal else None):
             block = q[:, :, a:b]
             if parts:  # evaluation is breadth first: without this edge all blocks exist at once
                 block = self.after(block, parts[-1])
-            if causal:
-                parts.append(self._causal(block, k, v, pad, window, S - L + b))
+            if mask.causal:
+                parts.append(self._causal(block, k, v, mask, S - L + b))
             else:
-                rows = None if mask is None else mask[:, :, a:b]
+                rows = None if seen is None else seen[:, :, a:b]
                 parts.append(mx.fast.scaled_dot_product_attention(block, k, v, scale=1.0, mask=rows))
         return parts[0] if len(parts) == 1 else self.concat(parts, 2)
 
@@ -395,24 +392,36 @@ class MlxOps(Ops):
         for a in range(0, L, rows):
             yield a, min(a + rows, L)
 
-    def _causal(
-        self, q: Array, k: Array, v: Array, pad: Array | None, window: int | None, stop: int
-    ) -> Array:
+    def _causal(self, q: Array, k: Array, v: Array, mask: Mask, stop: int) -> Array:
         """Causal attention of queries that are the last of the first `stop` slots."""
-        L = q.shape[2]
+        L, pad, window = q.shape[2], mask.pad, mask.window
         start = 0 if window is None else max(0, stop - L + 1 - window)
         S = stop - start
         plain = pad is None and (window is None or window >= S)  # MLX aligns "causal" at the last key
-        mask = "causal" if plain else self.visible(L, S, None if pad is None else pad - start, True, window)
+        cut = Mask(None if pad is None else pad - start, True, window)
+        seen = "causal" if plain else visible(self, L, S, cut)
         return mx.fast.scaled_dot_product_attention(
-            q, k[:, :, start:stop], v[:, :, start:stop], scale=1.0, mask=mask
+            q, k[:, :, start:stop], v[:, :, start:stop], scale=1.0, mask=seen
         )
 
 
-def make(dtype: str | None = None) -> MlxOps:
-    """`dtype` is "float32" or "bfloat16"; by default bfloat16 on a GPU and float32 on a CPU."""
+def make(
+    dtype: str | None = None,
+    device: str | None = None,
+    activations: str | None = None,
+    notices: Notices | None = None,
+) -> MlxOps:
+    """`dtype` is "float32" or "bfloat16"; by default bfloat16 on a GPU and float32 on a CPU.
+
+    BackendError for a `device` or `activations`: MLX takes the one device there is, and rounds no
+    activations.
+    """
+    if device is not None:
+        raise BackendError("a device can be chosen for the cuda backend only, not for mlx")
+    if activations is not None:
+        raise BackendError("activations in NVFP4 are for the cuda backend only, not for mlx")
     on_gpu = mx.default_device().type == mx.gpu
-    return MlxOps(getattr(mx, dtype or ("bfloat16" if on_gpu else "float32")))
+    return MlxOps(getattr(mx, dtype or ("bfloat16" if on_gpu else "float32")), notices=notices)
 
 
 def _words(w: Quantized) -> Array:
@@ -430,6 +439,20 @@ def _packed(w: Quantized, transpose: bool = True) -> dict[str, Any]:
         "bits": w.form.bits,
         "mode": w.form.mode,
     }
+
+
+def stacked_heads(w: AttentionWeights) -> AttentionWeights:
+    """q, k and, if it has its own matrix, v as one; `w` where their forms differ."""
+    parts = [w.q, w.k] if w.v is None else [w.q, w.k, w.v]
+    stacked = _stacked(*parts)
+    if stacked is None:
+        return w
+    return replace(w, q=stacked, k=None, v=None, rows=tuple(part.shape[0] for part in parts))
+
+
+def _stacked_mlp(w: MlpWeights) -> MlpWeights:
+    stacked = _stacked(w.gate, w.up)
+    return w if stacked is None else MlpWeights(stacked, None, w.down)
 
 
 def _stacked(*parts: Array) -> Array | None:

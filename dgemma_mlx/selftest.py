@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,17 +21,19 @@ from dgemma.files import load_json
 from dgemma.formats.quantized import Form, Quantized, affine
 from dgemma.network.build import rope_frequencies
 from dgemma.network.config import Config, LayerConfig, read_config
+from dgemma.network.ops import Mask
+from dgemma.network.ops.layers import rotary
 from dgemma.network.weights import AttentionWeights, BiasWeights
 from dgemma.released import RELEASED_DIR
+from dgemma.reports.selftest import Check, difference, found, nothing
 
 from . import verdict
 from .kernels import attention
-from .ops import MlxOps
+from .ops import MlxOps, stacked_heads
 
 # Largest difference over the largest value: a few roundings of the format.
 BOUNDS = {mx.float32: 2e-5, mx.bfloat16: 2.0**-6}
 CALLS, ROUNDS = 5, 5  # calls evaluated together, and how often that is timed
-SLACK = 1.02  # a kernel may take this much of its twin's time: timings wobble
 
 
 @dataclass(frozen=True)
@@ -40,31 +44,6 @@ class Case:
     what: str
     call: Callable[[MlxOps], Any]
     needs: frozenset[str] = frozenset()  # kernels that are on also where `kernel` is off
-
-
-@dataclass(frozen=True)
-class Check:
-    """A kernel beside its twin: the largest difference over the largest value, and milliseconds a call."""
-
-    kernel: str
-    what: str
-    dtype: str
-    error: float | None
-    bound: float
-    ms: float | None = None
-    plain_ms: float | None = None
-    broken: str | None = None  # what MLX said, where the kernel did not run
-
-    @property
-    def fault(self) -> str | None:
-        """Why the kernel is off, as far as this check goes."""
-        if self.broken:
-            return f"does not run: {self.broken}"
-        if self.error is None or not self.error <= self.bound:  # NaN is not
-            return f"wrong by {self.error} in {self.dtype}, {self.what}"
-        if self.ms and self.plain_ms and self.ms > SLACK * self.plain_ms:
-            return f"slower: {self.ms:.3f} ms for {self.plain_ms:.3f} ms, {self.what}"
-        return None
 
 
 # ---- cases ----------------------------------------------------------------------------------------
@@ -120,11 +99,11 @@ def _heads(data: Data, layer: LayerConfig) -> Case:
     config, C, H, G, D = data.config, layer.head_dim, data.config.heads, layer.kv_heads, 32
     q, k, v = (data.normal(heads * C, D, scale=D**-0.5) for heads in (H, G, G))
     w = AttentionWeights(q, k, None, data.normal(C), data.normal(C), None if layer.shares_kv else v)
-    w = data.ops.attention_weights(w, biased=False)
+    w = stacked_heads(w)
     offset = data.ops.asarray(np.array([data.context]))
-    rotary = data.ops.rotary(offset, config.canvas_length, data.ops.aswide(rope_frequencies(layer)))
+    turned = rotary(data.ops, offset, config.canvas_length, data.ops.aswide(rope_frequencies(layer)))
     x = data.normal(1, config.canvas_length, D)
-    return Case("heads", f"heads of {C}", lambda ops: ops.heads(x, w, BiasWeights(), config.rms_eps, rotary))
+    return Case("heads", f"heads of {C}", lambda ops: ops.heads(x, w, BiasWeights(), config.rms_eps, turned))
 
 
 def _attention(data: Data, layer: LayerConfig) -> Iterator[Case]:
@@ -141,9 +120,9 @@ def _canvas(data: Data, layer: LayerConfig, S: int) -> Case:
     C, G, L = layer.head_dim, layer.kv_heads, data.config.canvas_length
     q = data.normal(1, data.config.heads, L, C, scale=C**-0.5)
     own, past = [(data.normal(1, G, n, C), data.normal(1, G, n, C)) for n in (L, S)]
-    pad = data.ops.asarray(np.array([3]))
+    mask = Mask(data.ops.asarray(np.array([3])), window=layer.window)
     what = f"heads of {C}, {S:,} slots"
-    return Case("attend", what, lambda ops: ops.attend(q, own, past, pad, False, layer.window))
+    return Case("attend", what, lambda ops: ops.attend(q, own, past, mask))
 
 
 def _experts(data: Data) -> Iterator[Case]:
@@ -193,27 +172,19 @@ def _vocabulary(data: Data) -> Iterator[Case]:
 def check(case: Case, dtype: mx.Dtype, timed: bool) -> Check:
     """One kernel against its twin; an exception of MLX's is the kernel's fault, and said."""
     on, off = MlxOps(dtype, case.needs | {case.kernel}), MlxOps(dtype, case.needs)
-    name = str(dtype).removeprefix("mlx.core.")
-    fixed = (case.kernel, case.what, name)
+    made = partial(Check, case.kernel, case.what, on.dtype_name, bound=BOUNDS[dtype], switchable=True)
     try:
-        error = difference(case.call(on), case.call(off))
+        error = difference(_on_host(case.call(on)), _on_host(case.call(off)))
     except (RuntimeError, ValueError) as broken:
-        return Check(*fixed, None, BOUNDS[dtype], broken=str(broken).strip().splitlines()[0][:200])
+        return made(error=None, broken=str(broken).strip().splitlines()[0][:200])
     if not timed:
-        return Check(*fixed, error, BOUNDS[dtype])
-    times = clock(lambda: case.call(on)), clock(lambda: case.call(off))
-    return Check(*fixed, error, BOUNDS[dtype], *times)
+        return made(error=error)
+    return made(error=error, ms=clock(lambda: case.call(on)), plain_ms=clock(lambda: case.call(off)))
 
 
-def difference(got: Any, wanted: Any) -> float:
-    """Largest difference over the largest value, over all arrays of a result."""
-    if isinstance(got, mx.array):
-        got, wanted = (got,), (wanted,)
-    worst = 0.0
-    for a, b in zip(got, wanted, strict=True):
-        a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
-        worst = np.maximum(worst, np.abs(a - b).max() / np.abs(b).max())  # NaN stays
-    return float(worst)
+def _on_host(result: Any) -> list[np.ndarray]:
+    arrays = (result,) if isinstance(result, mx.array) else result
+    return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
 def clock(call: Callable[[], Any]) -> float:
@@ -230,15 +201,20 @@ def clock(call: Callable[[], Any]) -> float:
 Progress = Callable[[str], None]
 
 
-def run(progress: Progress = lambda what: None) -> dict[str, Any]:
-    """The whole report, ready for JSON, and kept; `ok` is None where nothing could be checked."""
+def check_all(device: str | None = None, progress: Progress = lambda what: None) -> dict[str, Any]:
+    """The whole report, ready for JSON (`dgemma.reports.selftest`); on a Mac the verdict is kept.
+
+    There is one `device`, so that none can be named.
+    """
+    machine = verdict.machine()
+    where = "{chip}, {system}, MLX {mlx}".format(**machine)
     if not hasattr(mx.fast, "metal_kernel"):
-        return _nothing("MLX {mlx} has no custom kernels".format(**verdict.machine()))
+        return nothing(where, f"MLX {machine['mlx']} has no custom kernels", machine=machine, off={})
     if not on_metal():
-        return _nothing("there is no Metal device here")
-    report = _report(_checks(RELEASED_DIR, 1024, True, progress))
-    report["kept"] = str(verdict.write(report["off"]))
-    return report
+        return nothing(where, "there is no Metal device here", machine=machine, off={})
+    done = _checks(RELEASED_DIR, 1024, True, progress)
+    off = {name: _fault([c for c in done if c.kernel == name]) for name in verdict.KERNELS}
+    return found(where, done, machine=machine, off=off, kept=str(verdict.write(off)))
 
 
 def on_metal() -> bool:
@@ -246,7 +222,7 @@ def on_metal() -> bool:
     return bool(mx.default_device().type == mx.gpu)
 
 
-def _checks(folder: Any, context: int, timed: bool, progress: Progress) -> list[Check]:
+def _checks(folder: Path, context: int, timed: bool, progress: Progress) -> list[Check]:
     config = read_config(load_json(folder / "config.json"))
     done = []
     for dtype in (mx.bfloat16, mx.float32):
@@ -257,47 +233,9 @@ def _checks(folder: Any, context: int, timed: bool, progress: Progress) -> list[
     return done
 
 
-def _report(done: list[Check]) -> dict[str, Any]:
-    off = {name: _fault([c for c in done if c.kernel == name]) for name in verdict.KERNELS}
-    wrong = [c for c in done if c.fault and not c.fault.startswith("slower")]
-    return {
-        "device": verdict.machine(),
-        "ok": not wrong,
-        "why": None,
-        "checks": [asdict(item) | {"fault": item.fault} for item in done],
-        "off": off,
-    }
-
-
 def _fault(done: list[Check]) -> str | None:
     """Why a kernel is off, by all checks of it."""
     faults = [check.fault for check in done if check.fault]
     if not done:
         return "not checked"
     return faults[0] if faults else None
-
-
-def _nothing(reason: str) -> dict[str, Any]:
-    return {"device": verdict.machine(), "ok": None, "why": reason, "checks": [], "off": {}}
-
-
-def text(report: Mapping[str, Any]) -> str:
-    """The report of `run` to read."""
-    from dgemma.reports.tables import table
-
-    where = "{chip}, {system}, MLX {mlx}".format(**report["device"])
-    if report["ok"] is None:
-        return f"{where}: no kernel was checked, because {report['why']}. Plain MLX runs without them."
-    rows = [["kernel", "", "format", "error", "bound", "ms", "plain ms", ""]]
-    for c in report["checks"]:
-        times = ["" if c[key] is None else f"{c[key]:.3f}" for key in ("ms", "plain_ms")]
-        error = "" if c["error"] is None else f"{c['error']:.1e}"
-        verdict_ = "ok" if c["fault"] is None else c["fault"].partition(":")[0]
-        rows.append([c["kernel"], c["what"], c["dtype"], error, f"{c['bound']:.1e}", *times, verdict_])
-    return "\n".join([where, "", *table(rows), "", *_conclusion(report)])
-
-
-def _conclusion(report: Mapping[str, Any]) -> list[str]:
-    on = [name for name, why in report["off"].items() if why is None]
-    lines = [f"On from now on: {', '.join(on) or 'none'}."]
-    return lines + [f"Off: {name}, {why}." for name, why in report["off"].items() if why is not None]

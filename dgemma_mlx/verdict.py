@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,6 @@ def write(verdict: Mapping[str, str | None]) -> Path:
     part = place.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"machine": machine(), "off": dict(verdict)}, indent=2) + "\n")
     part.replace(place)
-    enabled.cache_clear()
     return place
 
 
@@ -76,14 +74,9 @@ def read() -> dict[str, str | None] | None:
         return None
 
 
-@cache
-def enabled() -> frozenset[str]:
-    """The kernels that run here; says in one line on stderr, once, when some or all do not."""
-    verdict = read()
-    on = frozenset(name for name, why in (verdict or {}).items() if why is None)
-    if message := notice(verdict):
-        print(f"dgemma: {message}", file=sys.stderr)
-    return on
+def enabled(verdict: Mapping[str, str | None] | None) -> frozenset[str]:
+    """The kernels that a verdict lets run."""
+    return frozenset(name for name, why in (verdict or {}).items() if why is None)
 
 
 def notice(verdict: Mapping[str, str | None] | None) -> str | None:

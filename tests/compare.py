@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.loading import make_ops
+from dgemma.backends import make_ops
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Array, Ops
+from dgemma.network.ops import Array, Notices, Ops
 
 # Distance from 1 to the next number: rounding a value moves it by half of this at most, relatively.
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
@@ -62,6 +62,16 @@ def make(backend: tuple[str, str]) -> Ops:
     """The `Ops` of a parameter of `backends`."""
     name, dtype = backend
     return NumpyOps() if name == "numpy" else make_ops(name, dtype)
+
+
+class Heard(Notices):
+    """Notices into a list."""
+
+    def __init__(self, said: list[str]):
+        self.said = said
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def pair(ops: Ops, *arrays: np.ndarray) -> tuple[list[Array], list[Array]]:

@@ -12,9 +12,11 @@ import numpy as np
 from benchmarks.launches.graph import Shape
 from benchmarks.launches.step import Step, arrays_of, mapped, released
 from dgemma.formats.quantized import Form, Quantized
-from dgemma.model import Context, Model
+from dgemma.model import Model
 from dgemma.network.build import build, constants
+from dgemma.network.cache import empty
 from dgemma.network.config import Config, read_config
+from dgemma.network.runner import Context
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import read_generation_config
@@ -68,7 +70,7 @@ def ours(
         source = iter(arrays)
         weights, caches, soft = mapped(given, lambda _: next(source))
         model = Model(ops, config, generation, weights, None)
-        cache = ops.cache(config)
+        cache = empty(ops, config)
         cache.append(caches)
         step = model.refine(Context(cache, np.array([context])), ids, soft, 0.5, np.zeros(ids.shape), ids)
         return [ops.read.pop(), step.soft]

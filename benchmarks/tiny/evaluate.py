@@ -21,9 +21,10 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.tiny import tasks
+from dgemma.backends import BACKENDS, DTYPES
 from dgemma.engine.events import Done
 from dgemma.errors import DgemmaError
-from dgemma.loading import BACKENDS, DTYPES, load
+from dgemma.loading import load
 from dgemma.model import Model
 
 

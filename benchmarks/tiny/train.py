@@ -32,7 +32,9 @@ from torch import nn
 from dgemma.network import graph
 from dgemma.network.build import build, rope_frequencies
 from dgemma.network.config import Config, read_config
-from dgemma.network.ops import Array
+from dgemma.network.ops import Array, Mask
+from dgemma.network.ops.layers import geglu, visible
+from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
 from dgemma.text.chat import ChatTemplate
 from dgemma.tiny import MODEL_DIR
@@ -74,19 +76,17 @@ class TrainOps(CudaOps):
         E, M2, D = gate_up.shape
         share = torch.zeros(len(x), E, device=x.device).scatter(1, ids, weights).to(x.dtype)
         y = F.linear(x, gate_up.reshape(E * M2, D)).reshape(-1, E, M2)
-        y = self.geglu(y[..., : M2 // 2], y[..., M2 // 2 :]) * share[:, :, None]
+        y = geglu(self, y[..., : M2 // 2], y[..., M2 // 2 :]) * share[:, :, None]
         return F.linear(y.reshape(-1, E * M2 // 2), down.transpose(0, 1).reshape(D, -1))
 
-    def attention(
-        self, q: Array, k: Array, v: Array, pad: Array | None, causal: bool, window: int | None
-    ) -> Array:
+    def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         B, H, L, C = q.shape
         G, S = k.shape[1], k.shape[2]
         k, v = k.reshape(B * G, S, C), v.reshape(B * G, S, C)
         scores = (q.reshape(B * G, H // G * L, C) @ k.transpose(1, 2)).reshape(B, H, L, S).float()
-        mask = self.visible(L, S, pad, causal, window)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -1e30)
+        seen = visible(self, L, S, mask)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -1e30)
         p = torch.softmax(scores, -1).to(q.dtype)
         return (p.reshape(B * G, H // G * L, S) @ v).reshape(B, H, L, C)
 
@@ -169,7 +169,7 @@ class Trainer:
 
         def leaf(p: Param) -> Array:
             w = self.params[p.name]
-            return w if p.group == "router" else self.ops.compute(w)
+            return w if p.group == "router" else self.ops.to_compute(w)
 
         return build(self.config, self.table, leaf, constants, self.ops)
 
@@ -184,16 +184,16 @@ class Trainer:
         offset = batch.offset + batch.context.shape[1]
         half = len(noisy) // 2
 
-        def logits(rows: slice, soft: torch.Tensor | None) -> torch.Tensor:
+        def canvas_logits(rows: slice, soft: torch.Tensor | None) -> torch.Tensor:
             own = [(k[rows], v[rows]) for k, v in past]
             h = graph.denoise(ops, config, w, noisy[rows], soft, offset[rows], own, ragged=True)
-            return ops.logits(h, w.embed, config.softcap)
+            return logits(ops, h, w.embed, config.softcap)
 
         with torch.no_grad():
-            p = torch.softmax(logits(slice(half), None) / temperature[:half, None, None], -1)
+            p = torch.softmax(canvas_logits(slice(half), None) / temperature[:half, None, None], -1)
             soft = ops.soft_embedding(p, w.embed)
             soft = F.pad(soft, (0, 0, 0, 0, 0, len(noisy) - half))  # a zero signal is no conditioning
-        z = logits(slice(None), soft)
+        z = canvas_logits(slice(None), soft)
         # A short answer counts as much as a long one: a mean a row.
         share = torch.where(batch.canvas == FILL_ID, FILL_WEIGHT, 1.0)
         share = share / share.sum(-1, keepdim=True) / len(noisy)

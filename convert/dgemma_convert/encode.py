@@ -17,6 +17,7 @@ from dgemma.formats.encode import bf16_bits, blocks, quantize
 from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.decoding import dequantize
 
 from .plan import Job, Output
 
@@ -67,7 +68,7 @@ def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Field
 def values(stored: Stored | Quantized) -> np.ndarray:
     """The float32 values of a tensor or record."""
     if isinstance(stored, Quantized):
-        return np.asarray(_OPS.dequantize(_OPS.place(stored)), np.float32)
+        return np.asarray(dequantize(_OPS, _OPS.upload(stored)), np.float32)
     return stored.to_float32()
 
 

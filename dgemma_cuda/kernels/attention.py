@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from dgemma.network.ops import Mask
+
 from .launch import interpreted, kernel, load, power_of_two, processors
 
 if TYPE_CHECKING:
@@ -91,52 +93,34 @@ def family(major: int) -> str:
     return "wgmma" if major in (9, 10) else "mma"
 
 
-def attention_plain(
-    q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None, causal: bool, window: int | None
-) -> Tensor:
-    """`attention` in PyTorch: the mask is `Ops.visible`."""
+def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """`attention` in PyTorch: the mask is `dgemma.network.ops.layers.visible`'s."""
     L, S = q.shape[2], k.shape[2]
     key = torch.arange(S, device=q.device)
     query = torch.arange(S - L, S, device=q.device)[:, None]
-    mask = torch.ones(1, 1, L, S, dtype=torch.bool, device=q.device)
-    if pad is not None:
-        mask = (key >= pad[:, None, None, None]) | (key == query)
-    if causal:
-        mask = mask & (key <= query) & (key > query - (S if window is None else window))
+    seen = torch.ones(1, 1, L, S, dtype=torch.bool, device=q.device)
+    if mask.pad is not None:
+        seen = (key >= mask.pad[:, None, None, None]) | (key == query)
+    if mask.causal:
+        seen = seen & (key <= query) & (key > query - (S if mask.window is None else mask.window))
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=seen, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pad: Tensor | None,
-    causal: bool,
-    window: int | None,
-    splits: int | None = None,
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, splits: int | None = None) -> Tensor:
     """`Ops.attention` of q [B, H, L, C] and k, v [B, G, S, C] -> [B, H, L, C]; see `attend`."""
     P = k.shape[2] - q.shape[2]
     own, past = (k[:, :, P:], v[:, :, P:]), (k[:, :, :P], v[:, :, :P])
-    return attend(q, own, past, pad, causal, window, splits)
+    return attend(q, own, past, mask, splits)
 
 
-def attend(
-    q: Tensor,
-    own: Pair,
-    past: Pair | None,
-    pad: Tensor | None,
-    causal: bool,
-    window: int | None,
-    splits: int | None = None,
-) -> Tensor:
+def attend(q: Tensor, own: Pair, past: Pair | None, mask: Mask, splits: int | None = None) -> Tensor:
     """`Ops.attend` of q [B, H, L, C] over [B, G, ·, C] of `past`, then of `own`, all of one 16-bit type.
 
     C is a power of two from 16 on. Strides are free where C's is 1 and values have their keys'; else there is
     a copy, but of what is `Remote`. The result lies as [B, L, H, C] does, which is how the output projection
-    reads it. NaN in slots before `pad` reaches no row behind it. `splits` is chosen from shapes where it is
+    reads it. NaN in slots before the pad reaches no row behind it. `splits` is chosen from shapes where it is
     None, so that a captured step stays as it is.
     """
     load()
@@ -149,7 +133,7 @@ def attend(
     at_k, at_v = (past_k.at, past_v.at) if remote else (past_k, past_v)
     assert H % G == 0 and k.shape[2] == L and power_of_two(C) == C and C >= 16, (q.shape, k.shape)
     tile = tile_for(C, q.device)
-    window = S if window is None else window
+    pad, causal, window = mask.pad, mask.causal, S if mask.window is None else mask.window
     blocks = -(-L * (H // G) // tile.rows)
     Z = splits or _splits(blocks * B * G, S, tile, q.device)
     y = q.new_empty((B, L, H, C)).transpose(1, 2)

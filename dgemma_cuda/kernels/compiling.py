@@ -7,6 +7,11 @@ from functools import cache
 made = 0
 
 
+def progress() -> str:
+    """How far a warm-up is, after a comma; nothing before the first kernel."""
+    return f", {made} kernels compiled" if made else ""
+
+
 @cache
 def watch() -> None:
     """Count from here on in `made` each kernel that is compiled, or taken from Triton's cache."""

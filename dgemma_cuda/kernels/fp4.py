@@ -20,6 +20,7 @@ import torch
 from dgemma.formats.encode import blocks
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.decoding import dequantize
 
 from . import moe
 from .launch import power_of_two, supported, triton_version
@@ -115,7 +116,7 @@ def quantized_plain(x: torch.Tensor) -> torch.Tensor:
     rows = x.float().cpu().numpy()
     factor = np.abs(rows).max(-1) / np.float32(2688)
     record = blocks(rows, NVFP4, np.where(factor == 0, np.float32(1), factor))
-    return torch.from_numpy(NumpyOps().dequantize(record).astype(np.float32)).to(x.device)
+    return torch.from_numpy(dequantize(NumpyOps(), record).astype(np.float32)).to(x.device)
 
 
 # ---- the launches ---------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""What the vocabulary says of each position, in two passes over bfloat16 logits: replaces `Ops.vocabulary`.
+"""What the vocabulary says of each position, in two passes over bfloat16 logits: replaces
+`Ops.vocabulary_rows`.
 
 The head is one cuBLAS product into a plane of logits, the only one that exists. One pass over it gathers
 maximum, sum and entropy online; a second turns logits into probabilities in place, and the soft embedding
@@ -18,14 +19,13 @@ Kernels compute in powers of two: z = logit / temperature · log2(e), whose expo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from dgemma.network.ops import TRACE, Guess
+from dgemma.network.ops.vocabulary import TRACE, Prediction
 
 from .launch import interpreted, kernel, load, power_of_two, processors
 
@@ -71,10 +71,10 @@ class Sparse:
 
 def vocabulary_plain(
     h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
-) -> Guess:
+) -> Prediction:
     """`vocabulary` in PyTorch, with planes of float32 [N, V]."""
     p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
-    return Guess(argmax, sample, entropy, p.to(table.dtype) @ table)
+    return Prediction(argmax, sample, entropy, p.to(table.dtype) @ table)
 
 
 def sparse_vocabulary_plain(
@@ -84,7 +84,7 @@ def sparse_vocabulary_plain(
     temperature: Tensor | float,
     uniforms: Tensor,
     sparse: Sparse | None = None,
-) -> tuple[Guess, Tensor]:
+) -> tuple[Prediction, Tensor]:
     """`sparse_vocabulary` in PyTorch."""
     sparse = sparse or Sparse()
     p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
@@ -94,14 +94,15 @@ def sparse_vocabulary_plain(
     dense = ~(missing <= sparse.missing)
     few = torch.where(kept, p, 0.0) @ table.float()
     soft = torch.where(dense[:, None], p.to(table.dtype) @ table, few.to(table.dtype))
-    return Guess(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing.clamp_min(TRACE))
+    return Prediction(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing.clamp_min(TRACE))
 
 
 def _plain(
     h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities [N, V] float32, argmax, sample and entropy [N]."""
-    z = softcap * torch.tanh(F.linear(h, table).float() / softcap) / temperature
+    heat = torch.as_tensor(temperature, device=h.device).float().reshape(-1, 1)
+    z = softcap * torch.tanh(F.linear(h, table).float() / softcap) / heat
     logs = torch.log_softmax(z, -1)
     p, argmax = logs.exp(), z.argmax(-1)
     sample = (p.cumsum(-1) <= uniforms[:, None]).sum(-1)
@@ -118,7 +119,7 @@ class _Said:
 
     logits: Tensor
     softcap: float
-    temperature: Tensor  # [] float32
+    temperature: Tensor  # [N] float32
     argmax: Tensor  # [N] int64
     sample: Tensor  # [N] int64
     entropy: Tensor  # [N] float32, nats
@@ -128,18 +129,18 @@ class _Said:
 
 def vocabulary(
     h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
-) -> Guess:
-    """`Ops.vocabulary` of h [N, D] and table [V, D] (both bfloat16), temperature [] and uniforms [N].
+) -> Prediction:
+    """`Ops.vocabulary_rows` of h [N, D] and table [V, D] (both bfloat16), N up to ROWS; temperature [N] or
+    one number, uniforms [N].
 
     A row that holds NaN gets NaN as its entropy and soft embedding and some valid ids; no other row does.
     """
 
-    def block(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        said = _said(F.linear(x, table), softcap, temperature, u)
+    load()
+    with torch.cuda.device_of(h):
+        said = _said(F.linear(h, table), softcap, temperature, uniforms.float())
         _probabilities_in_place(said)
-        return said.argmax, said.sample, said.entropy, said.logits @ table
-
-    return Guess(*_by_rows(block, h, uniforms))
+        return Prediction(said.argmax, said.sample, said.entropy, said.logits @ table)
 
 
 def sparse_vocabulary(
@@ -149,7 +150,7 @@ def sparse_vocabulary(
     temperature: Tensor | float,
     uniforms: Tensor,
     sparse: Sparse | None = None,
-) -> tuple[Guess, Tensor]:
+) -> tuple[Prediction, Tensor]:
     """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
 
     Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. Where
@@ -157,33 +158,18 @@ def sparse_vocabulary(
     the host: programs of the product whose rows do not exist return at once, and with none the table is not
     read.
     """
-    options = sparse or Sparse()
-
-    def block(x: Tensor, u: Tensor) -> tuple[Tensor, ...]:
-        said = _said(F.linear(x, table), softcap, temperature, u)
-        soft, missing = _sparse_soft(said, table, options)
-        return said.argmax, said.sample, said.entropy, soft, missing
-
-    *guess, missing = _by_rows(block, h, uniforms)
-    return Guess(*guess), missing
-
-
-def _by_rows(
-    block: Callable[[Tensor, Tensor], tuple[Tensor, ...]], h: Tensor, uniforms: Tensor
-) -> tuple[Tensor, ...]:
-    """`block` of ROWS rows at a time: no more logits than that are alive."""
     load()
     with torch.cuda.device_of(h):
-        parts = [block(*some) for some in zip(h.split(ROWS), uniforms.float().split(ROWS), strict=True)]
-    return parts[0] if len(parts) == 1 else tuple(torch.cat(each) for each in zip(*parts, strict=True))
+        said = _said(F.linear(h, table), softcap, temperature, uniforms.float())
+        soft, missing = _sparse_soft(said, table, sparse or Sparse())
+        return Prediction(said.argmax, said.sample, said.entropy, soft), missing
 
 
 def _said(logits: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor) -> _Said:
     """Statistics of logits [N, V] as the head gives them, before the softcap."""
     N, V = logits.shape
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, device=logits.device)
-    temperature = temperature.float()
+    assert N <= ROWS, (N, "rows: 32 bits would not hold their places")
+    temperature = torch.as_tensor(temperature, device=logits.device).float().expand(N).contiguous()
     splits = -(-V // WIDTH)
     parts = logits.new_empty((3, N, splits), dtype=torch.float32)  # largest logit, mass, weighted
     places = logits.new_empty((N, splits), dtype=torch.int32)
@@ -271,7 +257,7 @@ def _statistics(
     `top` is the largest z so far; when it rises by δ, sums shrink by 2^−δ, and the second also by δ · Σ e.
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     place = split * WIDTH
     peak = tl.full((), float("-inf"), tl.float32)
     top = _scaled(peak, heat, cap)
@@ -308,7 +294,7 @@ def _draw(
     leaves no token, the argmax is drawn; a token of mass 0 never is.
     """
     row = tl.program_id(0).to(tl.int64)
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     split = tl.arange(0, SPLITS)
     here = parts + row * splits + split
     peaks = tl.load(here, mask=split < splits, other=float("-inf"))
@@ -352,7 +338,7 @@ def _probabilities(
     if SOME:  # noqa: SIM102, a condition on the host and one on the device
         if tl.load(dense + row) == 0:
             return
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     whole = tl.load(total + row)
     for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
         at = a + tl.arange(0, TILE)
@@ -369,7 +355,7 @@ def _shortlist(
 ):  # fmt: skip
     """Of one split of a row: its first `keep` tokens with z > top + limit, and the mass of all others."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    heat = tl.load(temperature)
+    heat = tl.load(temperature + row)
     least = tl.load(top + row) + limit
     whole = tl.load(total + row)
     here = row * splits + split

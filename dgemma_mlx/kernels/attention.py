@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from dgemma.network.ops import Array, Ops
+from dgemma.network.ops import KV, Array, Mask, Ops
+from dgemma.network.ops.layers import visible
 
 from .launch import Kernel, simd_groups
 
 if TYPE_CHECKING:
     from dgemma_mlx.ops import MlxOps
-
-KV = tuple[Array, Array]
 
 # Slots of a piece at most: a thread of the kernel holds 33 scores then, own canvas included.
 SLOTS = 8192
@@ -58,26 +57,22 @@ class Path:
     merge: Callable[[MlxOps, Weighed | None, Weighed], Weighed]
 
 
-def attend(
-    ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, causal: bool, window: int | None
-) -> Array:
+def attend(ops: MlxOps, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
     """`Ops.attend` of q [B, H, L, C] over `past` [B, G, P, C] and its own L slots.
 
     A canvas, which is not `causal`, sees all of the past that it is given; its queries are never padding, so
-    that `pad` [B] hides slots of the past only. Causal attention is MLX's over joined keys.
+    that the pad [B] hides slots of the past only. Causal attention is MLX's over joined keys.
     """
-    if causal:
-        return Ops.attend(ops, q, own, past, pad, causal, window)
-    return _attend(ops, q, own, past, pad, Path(ops.scores_at_once, weighed, merged))
+    if mask.causal:
+        return Ops.attend(ops, q, own, past, mask)
+    return _attend(ops, q, own, past, mask.pad, Path(ops.scores_at_once, weighed, merged))
 
 
-def attend_plain(
-    ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, causal: bool, window: int | None
-) -> Array:
+def attend_plain(ops: MlxOps, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
     """`attend` without a kernel."""
-    if causal:
-        return Ops.attend(ops, q, own, past, pad, causal, window)
-    return _attend(ops, q, own, past, pad, Path(0, weighed_plain, merged_plain))
+    if mask.causal:
+        return Ops.attend(ops, q, own, past, mask)
+    return _attend(ops, q, own, past, mask.pad, Path(0, weighed_plain, merged_plain))
 
 
 def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, path: Path) -> Array:
@@ -194,11 +189,11 @@ def _weighed_on_cpu(ops: MlxOps, scores: Sequence[Array], pieces: Sequence[KV]) 
 
     Exponentials are what is slow, so there is one for each score, and the mass divides the sum of values.
     """
-    top = ops.wide(reduce(mx.maximum, [mx.max(s, -1, keepdims=True) for s in scores]))
-    weights = [ops.exp(ops.wide(s) - top) for s in scores]
+    top = ops.to_wide(reduce(mx.maximum, [mx.max(s, -1, keepdims=True) for s in scores]))
+    weights = [ops.exp(ops.to_wide(s) - top) for s in scores]
     mass = reduce(mx.add, [mx.sum(p, -1, keepdims=True) for p in weights])
     y = _sum([ops.like(p, s) for p, s in zip(weights, scores, strict=True)], pieces)
-    return Weighed(ops.wide(y) / mass, top + mx.log(mass))
+    return Weighed(ops.to_wide(y) / mass, top + mx.log(mass))
 
 
 def softmax_plain(
@@ -211,7 +206,7 @@ def softmax_plain(
     scores = _masked(ops, scores, pad, start)
     x = scores[0] if len(scores) == 1 else ops.concat(scores, -1)
     p, n = ops.softmax(x, -1), scores[0].shape[-1]
-    return [p[..., :n], p[..., n:]][: len(scores)], mx.logsumexp(ops.wide(x), -1, keepdims=True)
+    return [p[..., :n], p[..., n:]][: len(scores)], mx.logsumexp(ops.to_wide(x), -1, keepdims=True)
 
 
 def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int) -> list[Array]:
@@ -221,7 +216,7 @@ def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int)
         return [first, *rest]
     N, n = first.shape[2], first.shape[-1]
     # Seen by whoever comes next: the last column is that query's own.
-    mask = ops.visible(1, N * n + 1, pad - start, False, None)
+    mask = visible(ops, 1, N * n + 1, Mask(pad - start))
     assert mask is not None
     mask = mask[..., :-1].reshape(-1, 1, N, 1, n)
     return [mx.where(mask, first, mx.finfo(first.dtype).min), *rest]
@@ -257,7 +252,7 @@ def merged_plain(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
 
     def add(a: Weighed, b: Weighed) -> Weighed:
         mass = mx.logaddexp(a.log_mass, b.log_mass)
-        shares = [ops.wide(x.y) * mx.exp(x.log_mass - mass) for x in (a, b)]
+        shares = [ops.to_wide(x.y) * mx.exp(x.log_mass - mass) for x in (a, b)]
         return Weighed(shares[0] + shares[1], mass)
 
     return reduce(add, each if total is None else [total, *each])

@@ -26,6 +26,7 @@ import mlx.core as mx
 
 from dgemma.formats.quantized import Quantized
 from dgemma.network.ops import Ops
+from dgemma.network.ops.layers import geglu
 
 from .launch import Kernel
 from .plan import Plan, plan
@@ -335,7 +336,7 @@ def _library(ops: Ops, x: Array, plan: Plan, gate_up: Any, down: Any) -> Array:
     """Sorted rows through MLX's products."""
     h = ops.expert_linear(mx.take(x, plan.tokens, 0), gate_up, plan.rows)
     half = h.shape[-1] // 2
-    return ops.expert_linear(ops.geglu(h[:, :half], h[:, half:]), down, plan.rows)
+    return ops.expert_linear(geglu(ops, h[:, :half], h[:, half:]), down, plan.rows)
 
 
 def _product(x: Array, plan: Plan, weight: Any, gated: bool, rows: int) -> Array:

@@ -1,4 +1,4 @@
-"""What the vocabulary says of each position, in one pass over the table: replaces `Ops._vocabulary`.
+"""What the vocabulary says of each position, in one pass over the table: replaces `Ops.vocabulary_rows`.
 
 The definition keeps a float32 plane [N, V], since a probability needs the largest logit of all. Here z is
 taken relative to the largest so far, as flash attention does: a tile of the table is read for its logits
@@ -31,7 +31,8 @@ import mlx.core as mx
 import numpy as np
 
 from dgemma.formats.quantized import Quantized
-from dgemma.network.ops import TRACE, Array, Guess
+from dgemma.network.ops import Array
+from dgemma.network.ops.vocabulary import TRACE, Prediction, soft_cap
 
 from .launch import Kernel
 
@@ -54,15 +55,19 @@ class Scale:
 
     ops: MlxOps
     softcap: float
-    unit: Array | float  # float32 []
+    unit: Array  # float32 [N]
 
     def bend(self, raw: Array) -> Array:
         """t of logits, float32: the softcap in units of it."""
-        return self.ops.softcap(self.ops.wide(raw) / self.softcap, 1.0)
+        return soft_cap(self.ops, self.ops.to_wide(raw) / self.softcap, 1.0)
 
     def below(self, t: Array, top: Array) -> Array:
-        """How far z is below the largest: 0 or less."""
-        return self.unit * (t - top)
+        """How far z is below the largest, of t [N, …]: 0 or less."""
+        return self.unit.reshape(-1, *[1] * (t.ndim - 1)) * (t - top)
+
+    def rows(self, ids: Array | slice) -> Scale:
+        """The scale of some rows."""
+        return Scale(self.ops, self.softcap, self.unit[ids])
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +104,17 @@ def vocabulary(
     h: Array,
     table: Array | Quantized,
     softcap: float,
-    temperature: Array | float,
+    temperature: Array,
     uniforms: Array,
     step: Step,
-) -> Guess:
-    """`Ops._vocabulary` of h [N, D] against the table [V, D], an array or a record.
+) -> Prediction:
+    """`Ops.vocabulary_rows` of h [N, D] against the table [V, D], an array or a record.
 
     Tiles are `ops.vocab_tile` tokens wide, and one follows another; `step` works up the logits of one.
     """
     scale = Scale(ops, softcap, softcap / temperature)
     running, masses, soft = _read(ops, h, table, scale, step)
-    return Guess(*_said(ops, h, table, scale, uniforms, running, masses), soft)
+    return Prediction(*_said(ops, h, table, scale, uniforms, running, masses), soft)
 
 
 def sparse_vocabulary(
@@ -117,11 +122,11 @@ def sparse_vocabulary(
     h: Array,
     table: Array | Quantized,
     softcap: float,
-    temperature: Array | float,
+    temperature: Array,
     uniforms: Array,
     step: Step,
     bound: float,
-) -> Guess:
+) -> Prediction:
     """As `vocabulary`, with rows of `soft` that leave out up to `bound` of the probability.
 
     Such a row is made of the `ops.soft_tokens` / 32 runs that have the most mass. The host reads which rows
@@ -137,11 +142,14 @@ def sparse_vocabulary(
     if len(sparse):
         some = mx.array(sparse)
         ids = _tokens(runs[some], min(ops.vocab_tile, table.shape[0]), table.shape[0])
-        parts.append(_gathered(ops, h[some], table, scale, running.top[some], ids, 1 - missing[some]))
+        parts.append(
+            _gathered(ops, h[some], table, scale.rows(some), running.top[some], ids, 1 - missing[some])
+        )
     if len(dense):
-        parts.append(_read(ops, h[mx.array(dense)], table, scale, step)[2])
+        rest = mx.array(dense)
+        parts.append(_read(ops, h[rest], table, scale.rows(rest), step)[2])
     soft = mx.concatenate(parts)[mx.array(np.argsort(np.r_[sparse, dense]))]
-    return Guess(*said, soft, mx.where(mx.array(few), mx.maximum(missing, TRACE), 0.0))
+    return Prediction(*said, soft, mx.where(mx.array(few), mx.maximum(missing, TRACE), 0.0))
 
 
 def _read(
@@ -157,15 +165,15 @@ def _read(
     kind = mx.float32 if factored else ops.dtype
     running, soft, masses, x = Running.start(len(h)), mx.array(0.0), [], h
     for a in range(0, V, width):
-        rows = ops.rows(table, a, a + width)
+        rows = table[a : a + width]
         part = step(running, ops.linear(x, rows), scale, a, -(-width // RUN), kind)
         running = part.running
         if product:
-            share = ops.wide(ops.soft_embedding(part.p, rows))
+            share = ops.to_wide(ops.soft_embedding(part.p, rows))
             soft = soft * part.fade + share if a else share
         masses.append(part.masses)
         x = ops.after(h, soft, part.masses, running.weighted, running.argmax)
-    return running, mx.stack(masses, 1), ops.compute(soft / running.mass)
+    return running, mx.stack(masses, 1), ops.to_compute(soft / running.mass)
 
 
 def _said(
@@ -194,7 +202,7 @@ def vocabulary_plain(
     softcap: float,
     temperature: Array | float,
     uniforms: Array,
-) -> Guess:
+) -> Prediction:
     """`vocabulary` without a kernel."""
     return vocabulary(ops, h, table, softcap, temperature, uniforms, tile_plain)
 
@@ -269,7 +277,7 @@ def _dequantized(ops: MlxOps, record: Quantized) -> Array:
     if record.factor is None:
         return y
     factor = record.factor[..., None]
-    return ops.compute(y / factor if record.divides else y * factor)
+    return ops.to_compute(y / factor if record.divides else y * factor)
 
 
 # ---- a sparse soft embedding: the runs that have the most mass -------------------------------------------
@@ -294,9 +302,9 @@ def _gathered(
     for a in range(0, len(h), block):
         at = slice(a, a + block)
         rows = _rows(ops, table, ops.after(ids[at], parts[-1]) if parts else ids[at])
-        e = _masses(scale, _candidates(h[at], rows), top[at], ids[at], table.shape[0])
+        e = _masses(scale.rows(at), _candidates(h[at], rows), top[at], ids[at], table.shape[0])
         p = e * (kept[at, None] / mx.sum(e, -1, keepdims=True))
-        parts.append((ops.compute(p)[:, None] @ rows)[:, 0])
+        parts.append((ops.to_compute(p)[:, None] @ rows)[:, 0])
     return mx.concatenate(parts)
 
 
@@ -337,7 +345,7 @@ def tile(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtyp
     """
     N, W = raw.shape
     known, numbers = (running.top, running.mass, running.weighted, running.argmax), (N, 1)
-    scalars = (_scalar(scale.softcap), _scalar(scale.unit), mx.array(first), mx.array(runs))
+    scalars = (_scalar(scale.softcap), scale.unit, mx.array(first), mx.array(runs))
     *updated, fade, p, masses = TILE(
         raw,
         *known,
@@ -354,9 +362,9 @@ def tile(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtyp
     return Tile(Running(*updated), fade, p, masses)
 
 
-def _scalar(x: Array | float) -> Array:
+def _scalar(x: float) -> Array:
     """A 0-d float32, which a kernel takes as a reference."""
-    return x.astype(mx.float32).reshape(()) if isinstance(x, mx.array) else mx.array(x, mx.float32)
+    return mx.array(x, mx.float32)
 
 
 # A row is read twice, for its largest t and for what is relative to that: p cannot be written before the
@@ -367,7 +375,7 @@ TILE = Kernel(
     name="vocabulary_tile",
     inputs=(
         "raw", "top_before", "mass_before", "weighted_before", "argmax_before",
-        "softcap", "unit", "first", "runs",
+        "softcap", "units", "first", "runs",
     ),
     outputs=("top", "mass", "weighted", "argmax", "fade", "p", "masses"),
     header="""
@@ -386,6 +394,7 @@ inline float bend(float x, float softcap) { return metal::precise::tanh(x / soft
     const uint width = uint(raw_shape[1]);
     const uint padded = uint(runs) * RUN;
     const size_t start = size_t(row) * width;
+    const float unit = units[row];
 
     // The largest t and its first place. NaN is never larger.
     float peak = -2.0f;

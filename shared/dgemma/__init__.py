@@ -10,9 +10,11 @@ No framework is imported before a backend is asked for.
 """
 
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.engine.sampler import Step
 from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
 from dgemma.loading import load
-from dgemma.model import Context, Model, Step
+from dgemma.model import Model
+from dgemma.network.runner import Context
 
 __version__ = "0.1.0"
 

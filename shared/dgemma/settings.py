@@ -6,10 +6,24 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from math import isfinite
-from typing import Any
+from typing import Any, TypedDict
 
 from dgemma.errors import ConfigError
 from dgemma.files import Reader
+
+
+class Settings(TypedDict, total=False):
+    """What a call may change of a `GenerationConfig`, by field name; None leaves it as it is."""
+
+    steps: int | None
+    t_max: float | None
+    t_min: float | None
+    entropy_bound: float | None
+    stability: int | None
+    confidence: float | None
+    max_new_tokens: int | None
+    stop_ids: tuple[int, ...] | None
+    soft_bound: float | None
 
 
 @dataclass(frozen=True)

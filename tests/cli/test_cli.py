@@ -367,7 +367,7 @@ def test_settings_that_the_model_refuses(args: list[str], part: str, model: Path
 
 @pytest.mark.parametrize(("backend", "package"), [("mlx", "mlx"), ("cuda", "torch")])
 def test_a_backend_that_is_not_installed(backend: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgemma.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("dgemma.backends.find_spec", lambda name: None)
     result = call("generate", "--prompt", "a", "--backend", backend)
     assert_one_line(result, 1, f"needs {package}, which is not installed: pip install 'dgemma[{backend}]'")
 

@@ -24,6 +24,7 @@ from dgemma.formats.quantized import FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, 
 from dgemma.formats.stored import Stored
 from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import parameters
 from dgemma.reports import against, verify
 from tests.checkpoints import SMALL_VISION, Edit, Tensor, make_checkpoint, small, write_json
@@ -610,7 +611,7 @@ def test_quantization_error_in_every_format(
     error = norm = 0.0
     for param in parameters(packed.config):
         if param.group == "experts":
-            a = ops.dequantize(ops.place(packed.read(param.name)))  # type: ignore[arg-type]
+            a = dequantize(ops, ops.upload(packed.read(param.name)))  # type: ignore[arg-type]
             b = ops.load(plain.read(param.name))  # type: ignore[arg-type]
             error, norm = error + ((a - b) ** 2).sum(), norm + (b**2).sum()
     assert found["experts"]["relative_rms"] == pytest.approx((error / norm) ** 0.5, rel=1e-12)
@@ -631,7 +632,7 @@ def test_factors_of_rows_and_matrices_are_cut_with_their_rows() -> None:
     for form in (NVFP4, FP8):
         record = quantize(x, form)
         kept = record.map(as_stored)
-        whole = ops.dequantize(ops.place(kept))
+        whole = dequantize(ops, ops.upload(kept))
         parts = [against._decoded(ops, kept, slice(a, a + 4)) for a in (0, 4)]
         assert np.array_equal(np.concatenate(parts), whole)
 

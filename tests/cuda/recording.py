@@ -37,15 +37,16 @@ def found(x: Remote, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 class BucketOps(CudaOps):
     """The backend's cache, and steps that are not recorded."""
 
-    def cache(self, config: Any) -> BucketCache:
-        return BucketCache(self, config)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.cache_type = BucketCache
 
 
 class RecordingOps(BucketOps):
     """And its recordings; contexts are looked up as the kernel does it, and then PyTorch's attention runs."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         self.graphed: list[Graphed] = []
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:

@@ -11,12 +11,14 @@ import pytest
 import dgemma
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.engine.events import Done
+from dgemma.engine.sampler import Step
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import FP8
-from dgemma.model import Context, Model, Step
+from dgemma.model import Model
 from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Ops
+from dgemma.network.runner import Context
 from dgemma.tiny import MODEL_DIR
 from tests.checkpoints import small
 
@@ -276,7 +278,8 @@ def test_steps_that_cannot_be_recorded_are_not(monkeypatch: pytest.MonkeyPatch) 
     ops = CudaOps()
     ops.device = torch.device("cuda")
     assert not ops.kernels and ops.compile(len, repeats=True) is len
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(kernels=True)
+    ops.device = torch.device("cuda")
     step = ops.compile(lambda x: x + 1, repeats=True)
     step(1)
     assert recorded == [(1,)]

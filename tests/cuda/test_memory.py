@@ -16,9 +16,9 @@ import pytest
 
 from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Form
-from dgemma.model import PREFILL_CHUNK
 from dgemma.network import graph
 from dgemma.network.config import LayerConfig, read_config
+from dgemma.network.runner import PREFILL_CHUNK
 from dgemma.released import RELEASED_DIR
 from dgemma.reports.info import FORMATS, kv_bytes
 from dgemma.reports.tables import amount
@@ -104,8 +104,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOps]:
     monkeypatch.setattr(layout, "CHUNK", 1 << 40)  # temporaries cost nothing here, and loops do
     layout._tables()  # kept by the module: not as fake ones
     monkeypatch.setattr(Followed, "take", lambda self, context: None)  # there are no addresses
-    ops = CudaOps(dtype=torch.bfloat16)
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(dtype=torch.bfloat16, kernels=True)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         yield ops
 

@@ -14,6 +14,7 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
 from dgemma.commands import generate, progress
 from dgemma.model import Model
+from dgemma.network.ops import Notices
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
 
@@ -28,16 +29,16 @@ def test_slow_first_calls_are_announced(monkeypatch: pytest.MonkeyPatch) -> None
     """The first pass over a prompt and every recording, and not what is replayed."""
     said: list[str] = []
 
-    @contextmanager
-    def waiting(what: str) -> Iterator[None]:
-        said.append(what.split()[0])
-        yield
-        said.append("done")
+    class Heard(Notices):
+        @contextmanager
+        def working(self, what: str, progress: Callable[[], str]) -> Iterator[None]:
+            said.append(what.split()[0])
+            yield
+            said.append("done")
 
     monkeypatch.setattr("dgemma_cuda.ops.record_cuda", record_here)
-    ops = CudaOps()
-    ops.device, ops.waiting = torch.device("cuda"), waiting
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(kernels=True, notices=Heard())
+    ops.device = torch.device("cuda")
     encode, step = ops.compile(lambda x: x), ops.compile(lambda x: (x + 1,), repeats=True)
     for _ in range(2):
         encode(torch.ones(3))
@@ -59,7 +60,7 @@ def test_kernels_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -
     for key in "ab":
         knobs.runtime.jit_post_compile_hook(key=key)
     assert (compiling.made, told) == (2, ["a", "b"])
-    assert CudaOps().progress() == ", 2 kernels compiled"
+    assert compiling.progress() == ", 2 kernels compiled"
     compiling.watch.cache_clear()
 
 
@@ -83,7 +84,7 @@ def test_a_slow_recording_is_shown_on_a_terminal(
         return record_here(run)
 
     def load(*args: Any) -> Model:
-        checkpoint, ops = Checkpoint.open(MODEL_DIR), SlowOps()
+        checkpoint, ops = Checkpoint.open(MODEL_DIR), SlowOps(notices=args[-1])
         weights, tokenizer = checkpoint.load(ops), Tokenizer.open(MODEL_DIR)
         return Model(ops, checkpoint.config, checkpoint.generation, weights, tokenizer)
 

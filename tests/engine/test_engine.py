@@ -15,10 +15,11 @@ import pytest
 from dgemma import Committed, ConfigError, Done, Draft, Prefill, PromptError
 from dgemma.engine import sampler
 from dgemma.engine.events import Event
-from dgemma.model import Context, Model, Step
+from dgemma.model import Model
 from dgemma.network import graph
 from dgemma.network.cache import Cache
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.runner import Context, Seen
 from tests.compare import backends, make
 from tests.oracle import oracle, our_model, tokens
 
@@ -49,7 +50,7 @@ def of_row(events: list[Event], row: int) -> list[Any]:
 
 @dataclass
 class Script:
-    """Stands in for `model.refine`: a row's argmax canvas settles from a given call of each canvas on.
+    """Stands in for `model.see`: a row's argmax canvas settles from a given call of each canvas on.
 
     Rows are told apart by their length, which a commit changes by one canvas. Counts what it is asked.
     """
@@ -60,19 +61,19 @@ class Script:
     calls: int = 0  # on this canvas
 
     def __post_init__(self) -> None:
-        self.refine: Callable[..., Step] = self.model.refine
-        self.model.refine = self  # type: ignore[method-assign]
+        self.see: Callable[..., Seen] = self.model.see
+        self.model.see = self  # type: ignore[method-assign]
 
-    def __call__(self, context: Context, canvas: np.ndarray, soft: Any, *rest: Any, **options: Any) -> Step:
+    def __call__(self, context: Context, canvas: np.ndarray, soft: Any, *rest: Any, **options: Any) -> Seen:
         self.calls = 1 if soft is None else self.calls + 1
         self.rows.append(len(canvas))
-        step = self.refine(context, canvas, soft, *rest, **options)
-        argmax = step.argmax.copy()
+        seen = self.see(context, canvas, soft, *rest, **options)
+        argmax = seen.argmax.copy()
         for row, length in enumerate(context.lengths):
             argmax[row] = self.canvas(int(length))
             if self.calls < self.settles[length % CANVAS]:
                 argmax[row, 0] = 100 + self.calls
-        return replace(step, argmax=argmax)
+        return replace(seen, argmax=argmax)
 
     @staticmethod
     def canvas(length: int) -> np.ndarray:
@@ -145,14 +146,14 @@ def test_soft_embeddings_that_leave_something_out(model: Model) -> None:
 def test_sparse_rows_are_not_looked_for_after_most_were_dense(
     exact: Model, dense: float, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bounds, refine = [], exact.refine
+    bounds, see = [], exact.see
 
-    def scripted(*args: Any, soft_bound: float, **options: Any) -> Step:
+    def scripted(*args: Any, soft_bound: float) -> Seen:
         bounds.append(soft_bound)
         missing = np.where(np.arange(CANVAS) < dense * CANVAS, 0, 0.05)[None] if soft_bound else None
-        return replace(refine(*args, **options), missing=missing)
+        return replace(see(*args), missing=missing)
 
-    monkeypatch.setattr(exact, "refine", scripted)
+    monkeypatch.setattr(exact, "see", scripted)
     (done,) = replies(exact, PROMPTS[:1], max_new_tokens=CANVAS, soft_bound=0.1)
     assert bounds == expected
     share = np.ceil(dense * CANVAS) / CANVAS

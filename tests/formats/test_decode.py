@@ -20,6 +20,7 @@ from dgemma.formats import nvfp4
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import AFFINE_BITS, FP8, MXFP4, MXFP8, NVFP4, Form, Quantized, affine
 from dgemma.network.ops import Ops
+from dgemma.network.ops.decoding import dense, dequantize, unpack
 from tests.compare import REFERENCE, backends, make
 from tests.formats import writers
 from tests.formats.writers import CASES, E2M1, E4M3, E8M0, LAYOUTS, Written
@@ -31,9 +32,9 @@ def widened(ops: Ops, stored: Stored | Quantized) -> np.ndarray:
     """A parameter as the backend decodes it, on the host."""
     if isinstance(stored, Stored):
         return ops.to_numpy(ops.load(stored, wide=True))
-    placed = ops.place(stored)
+    placed = ops.upload(stored)
     # MLX decodes on placement what it has no packed product for.
-    return ops.to_numpy(ops.dequantize(placed) if isinstance(placed, Quantized) else placed)
+    return ops.to_numpy(dequantize(ops, placed) if isinstance(placed, Quantized) else placed)
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +100,16 @@ def test_parts_of_a_record_are_parts_of_the_matrix(opened: Any, backend: tuple[s
     ops = make(backend)
     written, checkpoint = opened(case)
     for name in sorted(written.quantized):
-        placed = ops.place(checkpoint.read(name))
+        placed = ops.upload(checkpoint.read(name))
         if not isinstance(placed, Quantized):
             continue
-        whole, last = ops.to_numpy(ops.dense(placed)), len(placed) - 1
+        whole, last = ops.to_numpy(dense(ops, placed)), len(placed) - 1
         for index in (slice(1, 3), slice(last, last + 5), last, ops.asarray(np.array([2, 0, 2]))):
             # A single row is no matrix; a single expert is.
             if isinstance(index, int) and len(placed.shape) == 2:
                 continue
             host = ops.to_numpy(index) if not isinstance(index, int | slice) else index
-            np.testing.assert_array_equal(ops.to_numpy(ops.dense(placed[index])), whole[host], name)
+            np.testing.assert_array_equal(ops.to_numpy(dense(ops, placed[index])), whole[host], name)
 
 
 # MLX decodes no nvfp4 matrix with an odd number of groups.
@@ -205,7 +206,7 @@ def test_unpack(backend: tuple[str, str], bits: int) -> None:
         codes = rng.integers(0, 2**bits, shape)
         codes[..., 0], codes[..., -1] = 2**bits - 1, 2**bits - 1
         packed = writers.stream(codes, bits)
-        actual = ops.to_numpy(ops.unpack(ops.raw(packed), bits))
+        actual = ops.to_numpy(unpack(ops, ops.raw(packed), bits))
         np.testing.assert_array_equal(actual, codes, f"{bits} bits, {shape}")
         np.testing.assert_array_equal(nvfp4.pack(codes.astype(np.uint8), bits), packed)
 
@@ -302,7 +303,7 @@ def bound(form: Form) -> float:
 
 def decoded(record: Quantized) -> np.ndarray:
     """`dequantize` of a record fresh from `quantize`, whose fields are NumPy arrays."""
-    return REFERENCE.dequantize(record)
+    return dequantize(REFERENCE, record)
 
 
 def matrix(seed: int = 0, shape: tuple[int, ...] = (3, 24, 384)) -> np.ndarray:

@@ -19,6 +19,7 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.formats.quantized import Quantized
 from dgemma.model import Model
 from dgemma.network.ops import Ops
+from dgemma.network.ops.vocabulary import embed
 from tests.compare import REFERENCE, backends, close, make
 from tests.formats import writers
 from tests.formats.writers import CASES, LAYOUTS
@@ -145,7 +146,7 @@ def test_a_soft_embedding_of_given_probabilities(made: Any, backend: tuple[str, 
     soft = loaded.ops.to_numpy(loaded.soft_embedding(probs))[0]
     means = np.concatenate([expected[:4].mean(0)[None], expected[1:]])
     close(soft, means, bounds(backend)[0], f"{case}: soft embedding")
-    looked_up = loaded.ops.to_numpy(loaded.ops.embed(loaded.weights.embed, loaded.ops.asarray(TOKENS)))
+    looked_up = loaded.ops.to_numpy(embed(loaded.ops, loaded.weights.embed, loaded.ops.asarray(TOKENS)))
     close(looked_up, expected[TOKENS], bounds(backend)[0], f"{case}: lookup")
 
 

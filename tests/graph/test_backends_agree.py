@@ -15,7 +15,8 @@ import pytest
 
 from dgemma.network import build, graph, weights
 from dgemma.network.config import FULL, SLIDING, Config, LayerConfig
-from dgemma.network.ops import Array, Ops
+from dgemma.network.ops import KV, Array, Ops
+from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
 from tests.compare import REFERENCE, backends, close, make
 
@@ -82,7 +83,7 @@ class Runner:
         for row, count in enumerate(self.padding):
             self.prompt[row, :count] = self.config.pad_id
 
-    def cache(self, ops: Ops, w: weights.Weights) -> list[graph.KV]:
+    def cache(self, ops: Ops, w: weights.Weights) -> list[KV]:
         """Keys and values of the prompt, cut on sliding layers to what a canvas sees."""
         offset = ops.asarray(-np.array(self.padding))
         ragged = any(self.padding)
@@ -98,7 +99,7 @@ class Runner:
         inputs = ops.asarray(self.canvas), ops.asarray(self.soft) if with_soft else None, offset
         past = self.cache(ops, w)
         h = graph.denoise(ops, self.config, w, *inputs, past, ragged=any(self.padding))
-        return ops.to_numpy(ops.logits(h, w.embed, self.config.softcap))
+        return ops.to_numpy(logits(ops, h, w.embed, self.config.softcap))
 
 
 @pytest.fixture(params=backends("float32", "bfloat16"))
@@ -145,7 +146,7 @@ def test_a_padded_row_is_the_row_alone():
     h = graph.denoise(
         ops, alone.config, w, together.canvas[1:], together.soft[1:], zero + PROMPT - 7, past, ragged=False
     )
-    z = ops.logits(h, w.embed, alone.config.softcap)
+    z = logits(ops, h, w.embed, alone.config.softcap)
     close(together.logits(REFERENCE, True)[1], z[0], 1e-12, "padded row")
 
 

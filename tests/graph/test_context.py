@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dgemma.errors import PromptError
-from dgemma.model import Context, Model
+from dgemma.model import Model
 from dgemma.network.cache import Cache
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.runner import Context
 from tests.compare import backends, close, make
 from tests.oracle import oracle, our_model, tokens
 

@@ -45,12 +45,12 @@ BUGS = {
         "(w.encoder_bias, w.encoder_scalar)", "(w.bias, w.encoder_scalar)"
     ),
     "V after k_norm": Bug(
-        "self.as_heads(v, C, None, eps, None)",
-        "self.as_heads(v, C, w.k_norm if w.v is None else None, eps, None)",
+        "as_heads(self, v, C, None, eps, None)",
+        "as_heads(self, v, C, w.k_norm if w.v is None else None, eps, None)",
     ),
     "V after k_norm and RoPE": Bug(
-        "self.as_heads(v, C, None, eps, None)",
-        "self.as_heads(v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
+        "as_heads(self, v, C, None, eps, None)",
+        "as_heads(self, v, C, *((None, eps, None) if w.v is not None else (w.k_norm, eps, rotary)))",
     ),
     "RoPE exponent over the rotated part": Bug(
         "(-2.0 * pairs / layer.head_dim)", "(-1.0 * pairs / layer.rope_pairs)"
@@ -65,14 +65,15 @@ BUGS = {
         "self._last(kv, layer.window) if layer.window else kv",
     ),
     "decoder's window is a band": Bug(
-        "        return mask\n\n    def attention(",
-        "        if not causal and window is not None:\n"
-        "            mask = key > query - window if mask is None else mask & (key > query - window)\n"
-        "        return mask\n\n    def attention(",
+        "    return seen\n\n\ndef top_k(",
+        "    if not mask.causal and mask.window is not None:\n"
+        "        band = key > query - mask.window\n"
+        "        seen = band if seen is None else seen & band\n"
+        "    return seen\n\n\ndef top_k(",
     ),
-    "encoder sees one token too many": Bug("(key > query - window)", "(key >= query - window)"),
-    "encoder without its window": Bug("mask = mask & (key > query - window)", "pass"),
-    "decoder is causal": Bug("pad, run.causal, layer.window)", "pad, True, layer.window)"),
+    "encoder sees one token too many": Bug("(key > query - mask.window)", "(key >= query - mask.window)"),
+    "encoder without its window": Bug("seen = seen & (key > query - mask.window)", "pass"),
+    "decoder is causal": Bug("Mask(pad, run.causal, layer.window)", "Mask(pad, True, layer.window)"),
     "self-conditioning without its last norm": Bug("    return run.norm(e, None)", "    return e"),
     "last norm only where there is a signal": Bug(
         "    return run.norm(e, None)",
@@ -83,10 +84,10 @@ BUGS = {
         "soft * w.self_conditioning.pre_norm",
     ),
     "canvas embedding without √D": Bug(
-        "ops.embed(w.embed, canvas) * w.embed_scale", "ops.embed(w.embed, canvas)"
+        "embed(run.ops, w.embed, canvas) * w.embed_scale", "embed(run.ops, w.embed, canvas)"
     ),
     "prompt embedding without √D": Bug(
-        "h = ops.embed(w.embed, tokens) * w.embed_scale", "h = ops.embed(w.embed, tokens)"
+        "embed(ops, w.embed, tokens) * w.embed_scale", "embed(ops, w.embed, tokens)"
     ),
     # Leaving out the renormalisation changes no logit: the norm behind the experts cancels a token's
     # common factor. test_transformers.py compares the router's weights themselves.
@@ -95,27 +96,27 @@ BUGS = {
         "weights = weights * 0.0 + 1.0 / k",
     ),
     "no per-expert scale": Bug(
-        "return weights * self.take(self.wide(expert_scale), ids), ids",
+        "return weights * self.take(self.to_wide(expert_scale), ids), ids",
         "return weights, ids",
     ),
     "router without its scale": Bug(
-        "self.rms_norm(self.wide(h), router, eps)", "self.rms_norm(self.wide(h), None, eps)"
+        "self.rms_norm(self.to_wide(h), router, eps)", "self.rms_norm(self.to_wide(h), None, eps)"
     ),
     "router without 1/√D": Bug("router, eps) * h.shape[-1] ** -0.5", "router, eps)"),
     "experts' gate and up swapped": Bug(
-        "self.geglu(y[:, :half], y[:, half:])", "self.geglu(y[:, half:], y[:, :half])"
+        "geglu(self, y[:, :half], y[:, half:])", "geglu(self, y[:, half:], y[:, :half])"
     ),
     "scores scaled by 1/√C": Bug(
-        "self.transpose(self.wide(k), 0, 1, 3, 2))",
-        "self.transpose(self.wide(k), 0, 1, 3, 2) * C**-0.5)",
+        "self.transpose(self.to_wide(k), 0, 1, 3, 2))",
+        "self.transpose(self.to_wide(k), 0, 1, 3, 2) * C**-0.5)",
     ),
-    "norms with 1 + weight": Bug("y = y * self.wide(weight)", "y = y * (1 + self.wide(weight))"),
+    "norms with 1 + weight": Bug("y = y * self.to_wide(weight)", "y = y * (1 + self.to_wide(weight))"),
     "no softcap": Bug(
-        "return self.softcap(self.wide(self.linear(h, table)), softcap)",
-        "return self.wide(self.linear(h, table))",
+        "return soft_cap(ops, ops.to_wide(ops.linear(h, table)), softcap)",
+        "return ops.to_wide(ops.linear(h, table))",
     ),
     "V not normed": Bug(
-        "self.as_heads(v, C, None, eps, None)",
+        "as_heads(self, v, C, None, eps, None)",
         "self.transpose(v.reshape(*x.shape[:2], -1, C), 0, 2, 1, 3)",
     ),
     "post-attention norms left out": Bug(

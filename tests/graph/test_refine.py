@@ -20,8 +20,8 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 )
 
 from dgemma.engine import sampler
+from dgemma.engine.sampler import Step
 from dgemma.errors import ConfigError
-from dgemma.model import Step
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Ops
 from tests.compare import backends, close, make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dgemma.network.ops import Mask
 from tests.compare import EPS, REFERENCE, close
 
 torch = pytest.importorskip("torch")
@@ -39,7 +40,7 @@ def composite(
 ) -> np.ndarray:
     """The definition, of the very same numbers."""
     arrays = (x.double().numpy() for x in (q, k, v))
-    return REFERENCE.attention(*arrays, None if pad is None else np.asarray(pad), causal, window)
+    return REFERENCE.attention(*arrays, Mask(None if pad is None else np.asarray(pad), causal, window))
 
 
 def check(
@@ -55,10 +56,12 @@ def check(
     at = None if pad is None else torch.tensor(pad, device=device)
     there = [x.to(device) for x in qkv]
     off = 2 * EPS[str(qkv[0].dtype)[6:]] + 1e-5
-    ours = attention(*there, at, causal, window, splits)
+    ours = attention(*there, Mask(at, causal, window), splits)
     assert ours.dtype == qkv[0].dtype and ours.transpose(1, 2).is_contiguous()
     close(ours.double().cpu().numpy(), expected, off, "kernel")
-    close(attention_plain(*there, at, causal, window).double().cpu().numpy(), expected, off, "plain twin")
+    close(
+        attention_plain(*there, Mask(at, causal, window)).double().cpu().numpy(), expected, off, "plain twin"
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
@@ -133,9 +136,9 @@ def test_nan_in_padding_reaches_no_real_row(device: torch.device, splits: int, c
 
 def test_a_nan_query_stays_alone(device: torch.device) -> None:
     q, k, v = (x.to(device) for x in heads(1, 2, 1, 9, 20, 16))
-    before = attention(q, k, v, None, False, None, 2)
+    before = attention(q, k, v, Mask(), 2)
     q[0, 1, 4] = float("nan")
-    after = attention(q, k, v, None, False, None, 2)
+    after = attention(q, k, v, Mask(), 2)
     assert torch.isnan(after[0, 1, 4]).all()
     after[0, 1, 4] = before[0, 1, 4]
     assert torch.equal(after, before)
@@ -150,11 +153,11 @@ def test_large_scores(device: torch.device) -> None:
 def test_strides_are_free(device: torch.device) -> None:
     """As the graph has them: heads behind positions, and a window cut from a longer cache."""
     q, k, v = (x.to(device) for x in heads(2, 4, 2, 7, 40, 16))
-    expected = attention(q, k[:, :, 9:], v[:, :, 9:], None, False, None)
+    expected = attention(q, k[:, :, 9:], v[:, :, 9:], Mask())
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)
     k = k.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(attention(q, k[:, :, 9:], v[:, :, 9:], None, False, None), expected)
+    assert torch.equal(attention(q, k[:, :, 9:], v[:, :, 9:], Mask()), expected)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
@@ -172,7 +175,7 @@ def test_past_and_own_are_read_where_they_are(
     past = tuple(x[:, :, 5:] for x in cached) if P else None
     own = tuple(x[:, :, P:].transpose(1, 2).contiguous().to(device).transpose(1, 2) for x in (k, v))
     at = None if pad is None else torch.tensor(pad, device=device)
-    ours = attend(q.to(device), own, past, at, causal, 12, splits)  # type: ignore[arg-type]
+    ours = attend(q.to(device), own, past, Mask(at, causal, 12), splits)  # type: ignore[arg-type]
     close(ours.double().cpu().numpy(), expected, 1e-5, "past and own")
 
 
@@ -188,25 +191,24 @@ def test_a_remote_past(device: torch.device, splits: int, dtype: torch.dtype) ->
     pad = torch.tensor([0, 7], device=device)
     for past in (*contexts, contexts[0]):
         at[:, 0] = torch.tensor([x.data_ptr() for x in past])
-        expected = attend(q, own, past, pad, False, None, splits)
-        assert torch.equal(attend(q, own, remote, pad, False, None, splits), expected)  # type: ignore[arg-type]
+        expected = attend(q, own, past, Mask(pad), splits)
+        assert torch.equal(attend(q, own, remote, Mask(pad), splits), expected)  # type: ignore[arg-type]
 
 
 def test_a_pair_that_lies_apart_is_copied(device: torch.device) -> None:
     q, k, v = (x.to(device) for x in heads(2, 4, 2, 7, 30, 16))
-    expected = attention(q, k, v, None, True, None)
+    expected = attention(q, k, v, Mask(causal=True))
     cut = k[:, :, :23], v[:, :, :23].transpose(1, 2).contiguous().transpose(1, 2)
     own = k[:, :, 23:], v[:, :, 23:].transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(attend(q, own, cut, None, True, None), expected)
+    assert torch.equal(attend(q, own, cut, Mask(causal=True)), expected)
 
 
 def test_the_backend_joins_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = CudaOps(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(device, torch.bfloat16 if device.type == "cuda" else torch.float32, kernels=True)
     monkeypatch.setattr(ops, "concat", None)
     q, k, v = (x.to(device) for x in heads(1, 2, 1, 7, 30, 16))
     past, own = (k[:, :, :23], v[:, :, :23]), (k[:, :, 23:], v[:, :, 23:])
-    assert torch.equal(ops.attend(q, own, past, None, False, None), attention(q, k, v, None, False, None))
+    assert torch.equal(ops.attend(q, own, past, Mask()), attention(q, k, v, Mask()))
 
 
 def test_splits_fill_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma import loading
+from dgemma import backends
 from dgemma.errors import BackendError
 from dgemma.formats.encode import blocks, quantize
 from dgemma.formats.quantized import FP8, NVFP4
@@ -181,8 +181,7 @@ def test_what_quantized_activations_cost() -> None:
 def test_the_option_reaches_the_experts(interpreter: None, place: Any) -> None:
     part = layer(**SMALL["odd sizes"])
     records = [record.map(torch.from_numpy) for record in (part.gate_up, part.down)]
-    ops = CudaOps(place, w4a4=True)
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(place, w4a4=True, kernels=True)
     tiles = [ops.arrange(record, name) for record, name in zip(records, moe.TILE_ROWS, strict=True)]
     assert [w.order for w in tiles] == [Order.UNSIGNED] * 2
     inputs = [torch.from_numpy(x) for x in (part.x, part.weights, part.ids)]
@@ -191,8 +190,7 @@ def test_the_option_reaches_the_experts(interpreter: None, place: Any) -> None:
 
 def test_experts_in_another_form_are_an_error(interpreter: None, place: Any) -> None:
     """The option promises products in FP4."""
-    ops = CudaOps(place, w4a4=True)
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(place, w4a4=True, kernels=True)
     x, weights, ids = torch.zeros(2, 64), torch.ones(2, 1), torch.zeros((2, 1), dtype=torch.int64)
     record = random_record((2, 64, 64), form=FP8).map(torch.from_numpy)
     for stack in (torch.zeros(2, 64, 64), ops.arrange(record, "down")):
@@ -227,8 +225,8 @@ def test_unsupported(
 def test_the_option_on_a_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match="NVFP4 are not possible here: the kernels need an NVIDIA GPU"):
-        make("nvfp4", "cpu")
+        make(None, "cpu", "nvfp4")
     assert not make(None, "cpu").w4a4
     for backend in ("mlx", "numpy"):
         with pytest.raises(BackendError, match=f"cuda backend only, not for {backend}"):
-            loading.choose(backend, "nvfp4", None)
+            backends.choose(backend, activations="nvfp4")

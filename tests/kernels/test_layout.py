@@ -8,6 +8,7 @@ import pytest
 from dgemma.formats import nvfp4
 from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized, affine
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.decoding import dequantize
 
 torch = pytest.importorskip("torch")
 
@@ -65,7 +66,7 @@ def test_tiles_hold_what_the_record_holds(
     tiled = layout.tile(on_torch(record), rows, parts, order)
     # float64, then rounded once: a code times its scale has 6 bits; float32 rounds by the factor only, too.
     np.testing.assert_array_equal(
-        layout.untile(tiled).numpy(), NumpyOps().dequantize(record).astype(np.float32)
+        layout.untile(tiled).numpy(), dequantize(NumpyOps(), record).astype(np.float32)
     )
     assert (tiled.form, tiled.shape, tiled.rows, tiled.parts) == (form, shape, rows, parts)
 
@@ -74,7 +75,7 @@ def test_a_factor_that_divides_becomes_its_reciprocal() -> None:
     record = random_record((2, 16, 32))
     record = Quantized(NVFP4, record.codes, record.scales, factor=record.factor, divides=True)
     actual = layout.untile(layout.tile(on_torch(record), 16)).numpy()
-    np.testing.assert_allclose(actual, NumpyOps().dequantize(record), rtol=2.0**-22)
+    np.testing.assert_allclose(actual, dequantize(NumpyOps(), record), rtol=2.0**-22)
 
 
 @FORMS_AND_ORDERS

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
+from dgemma.network.ops.decoding import dequantize
 from tests.compare import EPS, REFERENCE, close
 from tests.kernels.test_layout import random_record
 
@@ -27,7 +28,7 @@ def inputs(place: Any, record: Quantized, *lead: int, dtype: Any = None) -> tupl
 
 
 def check(x: Any, record: Quantized, ours: Any, what: str) -> None:
-    wanted = x.double().cpu().numpy() @ REFERENCE.dequantize(record).T
+    wanted = x.double().cpu().numpy() @ dequantize(REFERENCE, record).T
     assert ours.dtype == x.dtype
     close(
         ours.double().cpu().numpy(), wanted, 1e-5 if x.dtype == torch.float32 else 2 * EPS["bfloat16"], what
@@ -95,8 +96,7 @@ def test_the_backend_takes_it_for_a_linear(place: Any) -> None:
     record = random_record((70, 80))
     fields = record.map(lambda field: torch.from_numpy(field).to(place))
     assert isinstance(CudaOps(torch.device("cpu")).arrange(fields, "q"), Quantized)
-    ops = CudaOps(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
-    ops.__dict__["kernels"] = True
+    ops = CudaOps(place, torch.bfloat16 if place.type == "cuda" else torch.float32, kernels=True)
     x, tiles = inputs(place, record, 2, 3)
     bias = torch.arange(70, device=place).to(x.dtype)
     got = ops.linear(x, ops.arrange(fields, "q"), bias)

@@ -16,6 +16,7 @@ import pytest
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.decoding import dequantize
 from tests.compare import EPS, close
 
 torch = pytest.importorskip("torch")
@@ -215,7 +216,7 @@ def test_a_dense_code_for_every_scale(place: Any, order: layout.Order) -> None:
     chosen = plan(torch.zeros((64, 1), dtype=torch.int64, device=place), 1, 16)
     h = torch.eye(64, device=place, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
     y = moe.projected(h, chosen, one, tiled, moe.Config(True))
-    np.testing.assert_array_equal(y.float().cpu().numpy().T, NumpyOps().dequantize(record)[0])
+    np.testing.assert_array_equal(y.float().cpu().numpy().T, dequantize(NumpyOps(), record)[0])
 
 
 def test_every_code_of_fp8(place: Any) -> None:
@@ -227,7 +228,7 @@ def test_every_code_of_fp8(place: Any) -> None:
     chosen = plan(torch.zeros((64, 1), dtype=torch.int64, device=place), 1, 16)
     h = torch.eye(64, device=place, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
     y = moe.projected(h, chosen, one, tiled, moe.Config(True))
-    np.testing.assert_array_equal(y.float().cpu().numpy().T, NumpyOps().dequantize(record)[0])
+    np.testing.assert_array_equal(y.float().cpu().numpy().T, dequantize(NumpyOps(), record)[0])
 
 
 # ---- choices ----------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Guess
+from dgemma.network.ops import Prediction
+from dgemma.network.ops.vocabulary import logits
 from tests.compare import EPS, REFERENCE, close
 
 torch = pytest.importorskip("torch")
@@ -53,14 +54,14 @@ class Case:
         u = torch.as_tensor(np.asarray(uniforms), dtype=torch.float32)
         return cls(*(x.to(device) for x in (torch.eye(len(logits)).to(dtype), table, u)))
 
-    def kernel(self, temperature: float = TEMPERATURE) -> Guess:
+    def kernel(self, temperature: float = TEMPERATURE) -> Prediction:
         t = torch.tensor(temperature, device=self.h.device)
         return on_host(vocabulary.vocabulary(self.h, self.table, SOFTCAP, t, self.uniforms))
 
-    def definition(self, temperature: float = TEMPERATURE) -> tuple[Guess, np.ndarray]:
+    def definition(self, temperature: float = TEMPERATURE) -> tuple[Prediction, np.ndarray]:
         """What the composite says of the very same numbers, and the probabilities."""
         args = (float64(self.h), float64(self.table), SOFTCAP, float(np.float32(temperature)))
-        z = REFERENCE.logits(*args[:3]) / args[3]
+        z = logits(REFERENCE, *args[:3]) / args[3]
         e = np.exp(z - z.max(-1, keepdims=True))
         return REFERENCE.vocabulary(*args, float64(self.uniforms)), e / e.sum(-1, keepdims=True)
 
@@ -69,11 +70,11 @@ def float64(x: torch.Tensor) -> np.ndarray:
     return x.double().cpu().numpy()
 
 
-def on_host(guess: Guess) -> Guess:
-    return Guess(*(float64(getattr(guess, name)) for name in NAMES))
+def on_host(guess: Prediction) -> Prediction:
+    return Prediction(*(float64(getattr(guess, name)) for name in NAMES))
 
 
-def drawn(ours: Guess, p: np.ndarray, uniforms: np.ndarray) -> None:
+def drawn(ours: Prediction, p: np.ndarray, uniforms: np.ndarray) -> None:
     """Assert that each sample is the first token whose cumulative p exceeds its uniform, up to rounding."""
     here, ids = np.arange(len(p)), ours.sample.astype(int)
     reach = np.cumsum(p, -1)[here, ids]
@@ -206,7 +207,7 @@ def test_a_nan_row_stays_alone(device: torch.device, sparse: bool) -> None:
     table = torch.as_tensor(6 * rng.standard_normal((130, 8)), dtype=torch.bfloat16, device=device)
     uniforms = torch.as_tensor(rng.random(5), dtype=torch.float32, device=device)
 
-    def run(x: torch.Tensor) -> Guess:
+    def run(x: torch.Tensor) -> Prediction:
         if sparse:
             return on_host(vocabulary.sparse_vocabulary(x, table, SOFTCAP, 0.7, uniforms)[0])
         return on_host(vocabulary.vocabulary(x, table, SOFTCAP, 0.7, uniforms))
@@ -279,8 +280,7 @@ def test_a_sure_row_is_sparse_and_says_so(device: torch.device) -> None:
 def test_the_backend_leaves_out_what_it_may(device: torch.device) -> None:
     from dgemma_cuda.ops import CudaOps
 
-    case, ops = alternate(device, 128), CudaOps(device, torch.bfloat16)
-    ops.__dict__["kernels"] = True
+    case, ops = alternate(device, 128), CudaOps(device, torch.bfloat16, kernels=True)
     args = (case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms)
     said = ops.vocabulary(*args, soft_bound=1e-3)
     wanted, missing = vocabulary.sparse_vocabulary(*args, vocabulary.Sparse(missing=1e-3))

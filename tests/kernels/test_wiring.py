@@ -38,11 +38,9 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder / "out"
 
 
-def with_kernels(place: Any) -> CudaOps:
+def with_kernels(place: Any, kernels: bool = True) -> CudaOps:
     """The backend as on a GPU that has the kernels; the interpreter takes float32."""
-    ops = CudaOps(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
-    ops.__dict__["kernels"] = True
-    return ops
+    return CudaOps(place, torch.bfloat16 if place.type == "cuda" else torch.float32, kernels=kernels)
 
 
 def logits(folder: Path, ops: Ops) -> tuple[Model, np.ndarray]:
@@ -87,8 +85,7 @@ def test_every_record_of_fp8_runs_on_the_kernels(place: Any) -> None:
     """Experts, attention and MLP, as the published checkpoints have it; the twin decodes the same records."""
     config, found = read_config(small(**TWO_LAYERS)), []
     for kernels in (True, False):
-        ops = with_kernels(place)
-        ops.__dict__["kernels"] = kernels
+        ops = with_kernels(place, kernels)
         made = bench.prepare(ops, config, "fp8", context=7, rows=1, skew=0.0)
         layer = made.model.weights.layers[0]
         weights = layer.experts.gate_up, layer.experts.down, layer.attention.o, layer.mlp.gate

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Ops
+from dgemma.network.ops import Mask, Ops
 from dgemma_mlx.kernels import attention
 from dgemma_mlx.kernels.attention import (
     Path,
@@ -97,7 +97,7 @@ class Case:
 
     def expected(self) -> np.ndarray:
         pad = None if self.pad is None else np.array(self.pad)
-        return REFERENCE.attend(self.q, self.own, self.past, pad, False, None)
+        return REFERENCE.attend(self.q, self.own, self.past, Mask(pad))
 
     def scores(self) -> float:
         """The largest, by which a rounding of scores counts."""
@@ -178,7 +178,7 @@ def test_large_scores(run: Any, size: float) -> None:
     for n in (1024, 11):
         # A float32 score of 300 is off by 2⁻¹⁶, and its weight by as much.
         q, own, past, pad = case.rounded(F32).arrays(F32)
-        y = run(pieces_of(case, n), q, own, past, pad, False, None)
+        y = run(pieces_of(case, n), q, own, past, Mask(pad))
         close(host(y), case.rounded(F32).expected(), 2e-4, f"pieces of {n}")
 
 
@@ -203,7 +203,7 @@ def test_padding_does_not_leak(run: Any, n: int) -> None:
 
 def finite(run: Any, case: Case, n: int) -> np.ndarray:
     q, own, past, pad = case.arrays(F32)
-    y = host(run(pieces_of(case, n), q, own, past, pad, False, None))
+    y = host(run(pieces_of(case, n), q, own, past, Mask(pad)))
     assert np.isfinite(y).all()
     return y
 
@@ -215,7 +215,7 @@ def test_a_nan_query_stays_alone(run: Any, n: int) -> None:
     before = finite(run, case, n)
     q, own, past, pad = case.arrays(F32)
     q[0, 1, 4] = np.nan
-    after = host(run(pieces_of(case, n), q, own, past, pad, False, None))
+    after = host(run(pieces_of(case, n), q, own, past, Mask(pad)))
     assert np.isnan(after[0, 1, 4]).all()
     after[0, 1, 4] = before[0, 1, 4]
     np.testing.assert_array_equal(after, before)
@@ -239,7 +239,7 @@ def test_compiled(run: Any) -> None:
     ops = pieces_of(case, 8, 2)
 
     def call(q: Any, own: Any, past: Any, pad: Any) -> mx.array:
-        return run(ops, q, own, past, pad, False, None)
+        return run(ops, q, own, past, Mask(pad))
 
     close(host(mx.compile(call)(q, own, past, pad)), case.expected(), 1e-5, "compiled")
 
@@ -402,7 +402,7 @@ def test_memory_does_not_grow_with_the_context(P: int) -> None:
     mx.eval(q, own, past)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attend_plain(ops, q, own, past, pad, False, None))
+    mx.eval(attend_plain(ops, q, own, past, Mask(pad)))
     assert mx.get_peak_memory() - before <= 16 * ops.score_bytes  # the scores of 4,096 slots
 
 
@@ -474,7 +474,7 @@ def test_one_launch_a_group(simulated: None) -> None:
     for n, at_once, groups in ((1024, 1, 1), (30, 1, 1), (10, 1, 3), (10, 2, 2), (7, 1, 5), (7, 3, 3)):
         q, own, past, pad = case.arrays(F32)
         with simulator.recording() as calls:
-            attend(pieces_of(case, n, at_once), q, own, past, pad, False, None)
+            attend(pieces_of(case, n, at_once), q, own, past, Mask(pad))
         names = [call.kernel.name for call in calls]
         assert names.count("dgemma_attention_softmax") == groups, (n, at_once)
         assert len(names) == groups + (groups if at_once > 1 else groups - 1), (n, at_once)
@@ -495,4 +495,4 @@ def test_nothing_is_joined(simulated: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Ops, "attend", refuse)
     monkeypatch.setattr(mx, "concatenate", refuse)
     for run in (attend, attend_plain):
-        run(ops, q, own, past, pad, False, None)
+        run(ops, q, own, past, Mask(pad))

@@ -21,6 +21,7 @@ from benchmarks.launches.report import MEGABYTE, counted
 from benchmarks.launches.step import FORMATS, Step
 from dgemma.network.config import read_config
 from dgemma.network.weights import AttentionWeights, BiasWeights
+from dgemma_mlx.ops import stacked_heads
 from tests.checkpoints import small
 
 # Names in MLX's graph that export does not tell apart.
@@ -187,7 +188,7 @@ def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
     C, D, L, ops = 8, 64, 5, TracedOps(EVERY)
     q, k, v = (zeros(heads * C, D) for heads in (4, 2, 2))
     norm, turn = zeros(C), zeros(1, 1, L, C // 2)
-    w = ops.attention_weights(AttentionWeights(q, k, None, norm, norm, v if own_v else None), biased=False)
+    w = stacked_heads(AttentionWeights(q, k, None, norm, norm, v if own_v else None))
     assert w.rows == ((32, 16, 16) if own_v else (32, 16))
 
     def keys_values(x: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import dgemma
+from dgemma.backends import make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.loading import make_ops
+from dgemma.network.cache import empty
 from dgemma.network.config import read_config
 from dgemma.reports import info
 from dgemma_convert import stream
@@ -56,7 +57,7 @@ def test_a_run_that_is_closed_or_fails_puts_it_back(cache_limit: int) -> None:
     next(events)
     events.close()
     assert limit_now() == cache_limit
-    with pytest.raises(KeyboardInterrupt), memory.limits(False):
+    with pytest.raises(KeyboardInterrupt), memory.limits(False, print):
         raise KeyboardInterrupt
     assert limit_now() == cache_limit
 
@@ -72,11 +73,10 @@ def test_overlapping_runs_share_the_limit(cache_limit: int) -> None:
     assert limit_now() == cache_limit
 
 
-def test_wired_memory_on_a_gpu(
-    cache_limit: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wired_memory_on_a_gpu(cache_limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only macOS has, recorded: all of the working set while it runs, the old limit afterwards."""
     calls: list[int] = []
+    said: list[str] = []
 
     def set_wired_limit(limit: int) -> int:
         calls.append(limit)
@@ -85,11 +85,10 @@ def test_wired_memory_on_a_gpu(
     monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
     monkeypatch.setattr(mx, "get_active_memory", lambda: 2_000_000_000)
-    with memory.limits(True), memory.limits(True):
+    with memory.limits(True, said.append), memory.limits(True, said.append):
         assert calls == [1000]
     assert calls == [1000, 77]
-    said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") == 1 and "iogpu.wired_limit_mb=" in said.err
+    assert len(said) == 1 and "iogpu.wired_limit_mb=" in said[0]
 
 
 def test_only_a_crowded_memory_is_worth_a_word() -> None:
@@ -179,7 +178,7 @@ def test_a_commit_has_one_layer_twice() -> None:
 
     peaks = []
     for shared in (False, True):
-        cache, more = make_ops("mlx").cache(config), new(16)
+        cache, more = empty(make_ops("mlx"), config), new(16)
         cache.append(new(8192))
         mx.eval(more)
         kept = cache.fork() if shared else None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dgemma.network.ops import Ops
+from dgemma.network.ops.layers import as_heads, rotary
 from dgemma_mlx.kernels import norms
 from dgemma_mlx.ops import MlxOps
 from tests.compare import EPS, REFERENCE, close
@@ -144,7 +145,7 @@ def turn(offset: tuple[int, ...], L: int, C: int) -> tuple[mx.array, mx.array]:
     """What `Ops.rotary` makes: the last quarter of the pairs does not turn."""
     frequencies = 1e4 ** (-2.0 * np.arange(C // 2) / C)
     frequencies[-(C // 8) :] = 0
-    cosines, sines = plain().rotary(mx.array(offset), L, mx.array(frequencies.astype(np.float32)))
+    cosines, sines = rotary(plain(), mx.array(offset), L, mx.array(frequencies.astype(np.float32)))
     return cosines, sines
 
 
@@ -167,9 +168,9 @@ def check_heads(y: mx.array, columns: tuple[int, ...], q_norm: mx.array, *rest: 
     settings = [(parts[0], q_norm, rotary), (parts[1], k_norm, rotary), (parts[-1], None, None)]
     for found, (part, weight, turned), what in zip(ours, settings, "qkv", strict=True):
         exact: Any = None if turned is None else tuple(map(host, turned))
-        expected = REFERENCE.as_heads(host(part), C, None if weight is None else host(weight), eps, exact)
+        expected = as_heads(REFERENCE, host(part), C, None if weight is None else host(weight), eps, exact)
         rounded_once(found, expected, f"{what} of the kernel", y.dtype)
-        twin = plain().as_heads(part, C, weight, eps, turned)
+        twin = as_heads(plain(), part, C, weight, eps, turned)
         close(host(twin), expected, 2 * STEP[y.dtype] + 1e-6, f"{what} of the twin")
 
 

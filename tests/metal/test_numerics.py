@@ -14,6 +14,7 @@ from dgemma.files import load_json
 from dgemma.network import graph
 from dgemma.network.build import rope_frequencies
 from dgemma.network.config import read_config
+from dgemma.network.ops.layers import rope, rotary
 from dgemma.released import RELEASED_DIR
 from dgemma_mlx.ops import MlxOps
 from tests.compare import REFERENCE, close
@@ -71,7 +72,7 @@ def test_no_float32_leaks_into_the_stream() -> None:
     ops, config, w = model.ops, model.config, model.weights
     L = config.canvas_length
     canvas, offset = ops.asarray(np.full((1, L), 7)), ops.asarray(np.array([0]))
-    rotary = {kind: ops.rotary(offset, L, f) for kind, f in w.frequencies.items()}
+    rotary = {kind: rotary(ops, offset, L, f) for kind, f in w.frequencies.items()}
     run = graph.Pass(ops, config, offset, rotary, False, False)
     soft = ops.asarray(np.ones((1, L, config.hidden_size)))
     h = graph.self_condition(run, w, canvas, soft)
@@ -101,7 +102,7 @@ def test_a_part_of_the_head_rotates_with_the_exponents_of_the_whole(offset: int)
     ops = MlxOps(mx.float32)
     x = mx.array(np.random.default_rng(3).standard_normal((1, 2, L, C)).astype(np.float32))
     frequencies = ops.aswide(rope_frequencies(layer))
-    ours = ops.rope(x, ops.rotary(ops.asarray(np.array([offset])), L, frequencies))
+    ours = rope(ops, x, rotary(ops, ops.asarray(np.array([offset])), L, frequencies))
     wavelengths = mx.where(frequencies > 0, 1 / frequencies, mx.array(float("inf")))
     theirs = mx.fast.rope(x, C, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
     close(np.array(ours), np.array(theirs), 1e-6 + 1e-7 * offset, "rotation")

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dgemma.cli import main
+from dgemma.reports.selftest import Check, text
 from dgemma.tiny import MODEL_DIR
 from dgemma_mlx import selftest, verdict
 from dgemma_mlx.kernels import norms
@@ -21,7 +22,6 @@ from tests.metal import simulator
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verdict, "folder", lambda: tmp_path)
-    verdict.enabled.cache_clear()
 
 
 def invoke(*args: str) -> Any:
@@ -41,7 +41,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip(reason)
     checks = selftest._checks
 
-    def small(folder: Path, context: int, timed: bool, progress: selftest.Progress) -> list[selftest.Check]:
+    def small(folder: Path, context: int, timed: bool, progress: selftest.Progress) -> list[Check]:
         return checks(MODEL_DIR, 40, False, progress)
 
     monkeypatch.setattr(selftest, "on_metal", lambda: True)
@@ -59,8 +59,8 @@ def test_in_the_simulator_every_kernel_is_right(mac: None) -> None:
     assert {check["dtype"] for check in report["checks"]} == {"bfloat16", "float32"}
     assert all(check["fault"] is None and check["ms"] is None for check in report["checks"])
     assert verdict.read() == dict.fromkeys(verdict.KERNELS) == report["off"]
-    text = selftest.text(report)
-    assert "Off" not in text and text.count(" ok") == len(report["checks"])
+    shown_text = text(report)
+    assert "Off" not in shown_text and shown_text.count(" ok") == len(report["checks"])
 
 
 def test_a_wrong_kernel_is_found(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +98,11 @@ def test_on_a_mac_the_verdict_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     order = iter(["rms_norm"] * 2 + ["join_branches"] * 2)
     monkeypatch.setattr(selftest, "clock", lambda call: next(times[next(order)]))
     with simulator.installed():
-        report = selftest.run()
+        report = selftest.check_all()
     assert report["ok"] is True and report["why"] is None
     kept = verdict.read()
     assert kept is not None and kept["rms_norm"] is None
     assert str(kept["join_branches"]).startswith("slower: 3.000 ms for 2.000 ms")
-    assert verdict.enabled() == {"rms_norm"}
-    text = selftest.text(report)
-    assert "On from now on: rms_norm" in text and "Off: join_branches, slower" in text
+    assert verdict.enabled(kept) == {"rms_norm"}
+    shown_text = text(report)
+    assert "On from now on: rms_norm" in shown_text and "Off: join_branches, slower" in shown_text

@@ -15,7 +15,9 @@ import pytest
 
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine
-from dgemma.network.ops import Guess, Ops
+from dgemma.network.ops import Ops, Prediction
+from dgemma.network.ops.decoding import dense
+from dgemma.network.ops.vocabulary import logits
 from dgemma_mlx.kernels import vocabulary
 from dgemma_mlx.kernels.vocabulary import Running, Scale, Tile
 from dgemma_mlx.ops import MlxOps
@@ -175,23 +177,23 @@ class Case:
         ops.vocab_tile = width
         return cls(ops, ops.asarray(h), ops.asarray(np.ascontiguousarray(table)), ops.aswide(uniforms))
 
-    def say(self, step: vocabulary.Step, temperature: float = TEMPERATURE) -> Guess:
+    def say(self, step: vocabulary.Step, temperature: float = TEMPERATURE) -> Prediction:
         args = (self.ops, self.h, self.table, SOFTCAP, mx.array(temperature), self.uniforms, step)
         guess = vocabulary.vocabulary(*args)
         assert guess.soft.dtype == self.ops.dtype
         return on_host(guess)
 
-    def say_sparse(self, step: vocabulary.Step, bound: float) -> Guess:
+    def say_sparse(self, step: vocabulary.Step, bound: float) -> Prediction:
         args = (self.ops, self.h, self.table, SOFTCAP, mx.array(TEMPERATURE), self.uniforms, step, bound)
         guess = vocabulary.sparse_vocabulary(*args)
         assert guess.soft.dtype == self.ops.dtype
         return replace(on_host(guess), missing=host(guess.missing))
 
-    def definition(self, temperature: float = TEMPERATURE) -> tuple[Guess, np.ndarray]:
+    def definition(self, temperature: float = TEMPERATURE) -> tuple[Prediction, np.ndarray]:
         """What the composite says of the very same numbers, and the probabilities."""
         table = self.table.map(numpy) if isinstance(self.table, Quantized) else numpy(self.table)
-        args = numpy(self.h), REFERENCE.dense(table), SOFTCAP, float(np.float32(temperature))
-        z = REFERENCE.logits(*args[:3]) / args[3]
+        args = numpy(self.h), dense(REFERENCE, table), SOFTCAP, float(np.float32(temperature))
+        z = logits(REFERENCE, *args[:3]) / args[3]
         return REFERENCE.vocabulary(*args, host(self.uniforms)), REFERENCE.softmax(z, -1)
 
 
@@ -199,11 +201,11 @@ def numpy(x: mx.array) -> np.ndarray:
     return np.array(x) if x.dtype == mx.uint8 else host(x)
 
 
-def on_host(guess: Guess) -> Guess:
-    return Guess(*(host(getattr(guess, name)) for name in NAMES))
+def on_host(guess: Prediction) -> Prediction:
+    return Prediction(*(host(getattr(guess, name)) for name in NAMES))
 
 
-def drawn(ours: Guess, p: np.ndarray, uniforms: Any, off: float = 1e-6) -> None:
+def drawn(ours: Prediction, p: np.ndarray, uniforms: Any, off: float = 1e-6) -> None:
     """Assert that each sample is the first token whose cumulative p exceeds its uniform, up to rounding."""
     here, ids, uniforms = np.arange(len(p)), ours.sample.astype(int), host(uniforms)
     reach = np.cumsum(p, -1)[here, ids]

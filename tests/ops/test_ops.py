@@ -8,6 +8,7 @@ one or a few roundings of 2⁻⁸, as each test says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import pytest
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import MXFP4, NVFP4, Form, affine
 from dgemma.formats.stored import Stored
-from dgemma.network.ops import Ops
-from dgemma.network.weights import AttentionWeights, BiasWeights
+from dgemma.network.ops import Mask, Ops
+from dgemma.network.ops.decoding import dense, dequantize
+from dgemma.network.ops.layers import geglu, rope, rotary, top_k
+from dgemma.network.ops.vocabulary import embed, logits
+from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights
 from tests.compare import EPS, REFERENCE, backends, close, make, pair, rounding
 
 BF16 = EPS["bfloat16"]
@@ -77,9 +81,9 @@ def test_counting_and_indexing(any_ops: Ops, rng: np.random.Generator):
 
 def test_python_numbers_do_not_widen(ops: Ops, rng: np.random.Generator):
     x = ops.asarray(rng.standard_normal((3, 4)))
-    for y in (x * 2.0, 2 * x, x / 3.0, x + 0.0, x * ops.rounded(53.0660), ops.like(ops.wide(x), x)):
+    for y in (x * 2.0, 2 * x, x / 3.0, x + 0.0, x * ops.rounded(53.0660), ops.like(ops.to_wide(x), x)):
         assert y.dtype == x.dtype
-    assert ops.wide(x).dtype == ops.aswide(np.zeros(1)).dtype
+    assert ops.to_wide(x).dtype == ops.aswide(np.zeros(1)).dtype
 
 
 def test_linear(ops: Ops, rng: np.random.Generator):
@@ -129,7 +133,7 @@ def test_gelu(ops: Ops):
     (x, up), (rx, rup) = pair(ops, np.linspace(-4, 4, 257), np.linspace(1, 2, 257))
     for actual, expected in (
         (ops.gelu(x), REFERENCE.gelu(rx)),
-        (ops.geglu(x, up), REFERENCE.geglu(rx, rup)),
+        (geglu(ops, x, up), geglu(REFERENCE, rx, rup)),
     ):
         assert actual.dtype == x.dtype
         error = np.abs(ops.to_numpy(actual) - expected) / np.maximum(np.abs(expected), 1e-3)
@@ -151,12 +155,12 @@ def test_rope(ops: Ops, rng: np.random.Generator, offsets: tuple[int, ...]):
     frequencies[10:] = 0  # these pairs do not rotate
     (x,), (rx,) = pair(ops, rng.standard_normal((3, 2, L, C)))
     wide = ops.aswide(frequencies)
-    y = ops.rope(x, ops.rotary(ops.asarray(np.array(offsets)), L, wide))
+    y = rope(ops, x, rotary(ops, ops.asarray(np.array(offsets)), L, wide))
     assert y.dtype == x.dtype
-    exact = REFERENCE.rotary(np.array(offsets), L, REFERENCE.asarray(ops.to_numpy(wide)))
+    exact = rotary(REFERENCE, np.array(offsets), L, REFERENCE.asarray(ops.to_numpy(wide)))
     # float32 rounds an angle by half an EPS of its size, and the angle is the position in pair 0.
     angle = EPS["float32"] * max(abs(offset) + L for offset in offsets)
-    close(ops.to_numpy(y), REFERENCE.rope(rx, exact), tolerance(ops, 1) + angle, "rope")
+    close(ops.to_numpy(y), rope(REFERENCE, rx, exact), tolerance(ops, 1) + angle, "rope")
     still = np.r_[10 : C // 2, C // 2 + 10 : C]
     assert np.array_equal(ops.to_numpy(y)[..., still], rx[..., still])
 
@@ -203,7 +207,7 @@ def test_attention_is_what_model_md_says(any_ops: Ops, rng: np.random.Generator,
     L, S, causal, window, pad = setting(**SHAPES[case])
     q, k, v = (rng.standard_normal((2, 2, n, 8)) for n in (L, S, S))
     device = (any_ops.asarray(x) for x in (q, k, v))
-    y = any_ops.attention(*device, None if pad is None else any_ops.asarray(pad), causal, window)
+    y = any_ops.attention(*device, Mask(None if pad is None else any_ops.asarray(pad), causal, window))
     for b in range(2):
         mask = seen(L, S, causal, window, 0 if pad is None else pad[b])
         e = np.where(mask, np.exp(q[b] @ k[b].swapaxes(1, 2)), 0)
@@ -219,12 +223,12 @@ def test_attention(ops: Ops, rng: np.random.Generator, case: str, heads: tuple[i
         ops.score_bytes = 4 * 2 * heads[0] * block * S
     shapes = ((heads[0], L), (heads[1], S), (heads[1], S))
     (q, k, v), reference = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
-    y = ops.attention(q, k, v, None if pad is None else ops.asarray(pad), causal, window)
+    y = ops.attention(q, k, v, Mask(None if pad is None else ops.asarray(pad), causal, window))
     assert y.dtype == q.dtype
     # A rounded score (some kernels keep them in bfloat16) moves its weight by the score's error, and the
     # sum of weights by as much; then weights and output are rounded.
     scores = np.abs(reference[0] @ np.repeat(reference[1], heads[0] // heads[1], 1).swapaxes(2, 3)).max()
-    expected = REFERENCE.attention(*reference, pad, causal, window)
+    expected = REFERENCE.attention(*reference, Mask(pad, causal, window))
     close(ops.to_numpy(y), expected, tolerance(ops, 2 + 2 * scores), case)
 
 
@@ -238,7 +242,7 @@ def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
         for b in range(2):
             x[b, :, : pad[b]] = 1e4 * rng.standard_normal(x[b, :, : pad[b]].shape)
     run = [
-        ops.to_numpy(ops.attention(*map(ops.asarray, (q, *kv)), ops.asarray(pad), causal, window))
+        ops.to_numpy(ops.attention(*map(ops.asarray, (q, *kv)), Mask(ops.asarray(pad), causal, window)))
         for kv in ((k, v), dirty)
     ]
     for b in range(2):
@@ -252,7 +256,7 @@ def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
 
 def test_top_k_ties_go_to_the_lower_id(any_ops: Ops, rng: np.random.Generator):
     x = rng.integers(0, 5, (50, 128)) / 8
-    values, ids = any_ops.top_k(any_ops.aswide(x), 8)
+    values, ids = top_k(any_ops, any_ops.aswide(x), 8)
     order = np.argsort(-x, -1, kind="stable")[:, :8]
     assert np.array_equal(any_ops.to_numpy(ids), order)
     assert np.array_equal(any_ops.to_numpy(values), np.take_along_axis(x, order, -1))
@@ -262,7 +266,7 @@ def test_router(ops: Ops, rng: np.random.Generator):
     N, D, E, K = 23, 32, 12, 3
     arrays = rng.standard_normal((N, D)), rng.standard_normal((E, D)), rng.random(E)
     device, reference = pair(ops, *arrays)
-    weights, ids = ops.router(ops.wide(device[0]), *device[1:], K)
+    weights, ids = ops.router(ops.to_wide(device[0]), *device[1:], K)
     expected, picks = REFERENCE.router(*reference, K)
     # All of it is wide: float32 bounds, whatever the compute type.
     assert weights.dtype == ops.aswide(np.zeros(1)).dtype
@@ -287,7 +291,7 @@ def test_experts(ops: Ops, rng: np.random.Generator, N: int, D: int, M: int):
     for n in range(N):
         for weight, expert in zip(weights[n], ids[n], strict=True):
             gate, up = np.split(rg[expert] @ rx[n], 2)
-            expected[n] += weight * (rd[expert] @ REFERENCE.geglu(gate, up))
+            expected[n] += weight * (rd[expert] @ geglu(REFERENCE, gate, up))
     close(REFERENCE.experts(rx, weights, ids, rg, rd), expected, 1e-12, "definition")
     # gate, up, GELU, product, down and the sum are rounded in turn.
     close(ops.to_numpy(y), expected, tolerance(ops, 6), "experts")
@@ -300,11 +304,11 @@ def test_embedding_logits_and_soft_embedding(ops: Ops, rng: np.random.Generator)
     N, V, D = 7, 37, 24
     (h, table), (rh, rtable) = pair(ops, rng.standard_normal((N, D)), 3 * rng.standard_normal((V, D)))
     ids = rng.integers(0, V, (2, 5))
-    assert np.array_equal(ops.to_numpy(ops.embed(table, ops.asarray(ids))), rtable[ids])
-    assert np.array_equal(ops.to_numpy(ops.rows(table, 30, 99)), rtable[30:])
-    z = ops.logits(h, table, 30.0)
+    assert np.array_equal(ops.to_numpy(embed(ops, table, ops.asarray(ids))), rtable[ids])
+    assert np.array_equal(ops.to_numpy(table[30:99]), rtable[30:])
+    z = logits(ops, h, table, 30.0)
     assert z.dtype == ops.aswide(np.zeros(1)).dtype
-    close(ops.to_numpy(z), REFERENCE.logits(rh, rtable, 30.0), tolerance(ops, 2), "logits")
+    close(ops.to_numpy(z), logits(REFERENCE, rh, rtable, 30.0), tolerance(ops, 2), "logits")
     p = rng.dirichlet(np.ones(V), N)
     soft = ops.soft_embedding(ops.aswide(p), table)
     close(ops.to_numpy(soft), p @ rtable, tolerance(ops, 2), "soft embedding")
@@ -333,7 +337,7 @@ def test_mlx_never_has_all_scores_at_once():
     mx.eval(q, k)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(ops.attention(q, k, k, None, False, None))
+    mx.eval(ops.attention(q, k, k, Mask()))
     assert mx.get_peak_memory() - before < 0.8 * scores
 
 
@@ -356,7 +360,7 @@ def test_mlx_on_a_cpu_never_has_a_whole_stack_decoded(monkeypatch: pytest.Monkey
     assert mx.get_peak_memory() - before < 0.4 * w.nbytes
     close(
         ops.to_numpy(y),
-        REFERENCE.dequantize(record)[experts].sum(-1),
+        dequantize(REFERENCE, record)[experts].sum(-1),
         1e-5,
         "decoded experts",
     )
@@ -371,10 +375,22 @@ def test_gated(any_ops: Ops, rng: np.random.Generator, forms: tuple[Form | None,
         w = rng.standard_normal((F, D)).astype(np.float32) / 8
         record = None if form is None else quantize(w, form)
         arrays.append(any_ops.aswide(w) if record is None else record.map(lambda f: on_device(any_ops, f)))
-        exact.append(w.astype(np.float64) if record is None else REFERENCE.dequantize(record))
-    mlp = any_ops.mlp_weights(*arrays, any_ops.aswide(np.eye(F)))
+        exact.append(w.astype(np.float64) if record is None else dequantize(REFERENCE, record))
+    mlp = any_ops.layer_weights(layer_of(any_ops, mlp=MlpWeights(*arrays, any_ops.aswide(np.eye(F))))).mlp
     y = any_ops.gated(any_ops.aswide(x), mlp.gate, mlp.up)
-    close(any_ops.to_numpy(y), REFERENCE.geglu(x @ exact[0].T, x @ exact[1].T), 1e-5, f"gated, {forms}")
+    close(any_ops.to_numpy(y), geglu(REFERENCE, x @ exact[0].T, x @ exact[1].T), 1e-5, f"gated, {forms}")
+
+
+def layer_of(ops: Ops, **parts: Any) -> LayerWeights:
+    """A layer of which these weights alone matter."""
+    blank: dict[str, Any] = {field.name: None for field in fields(LayerWeights)}
+    one = ops.aswide(np.ones((1, 1)))
+    small = {
+        "mlp": MlpWeights(one, one, one),
+        "attention": AttentionWeights(*[one] * 5),
+        "bias": BiasWeights(),
+    }
+    return LayerWeights(**(blank | small | parts))
 
 
 def stored(ops: Ops, rng: np.random.Generator, rows: int, form: Form | None) -> tuple[Any, np.ndarray]:
@@ -383,7 +399,7 @@ def stored(ops: Ops, rng: np.random.Generator, rows: int, form: Form | None) -> 
     if form is None:
         return ops.aswide(w), w.astype(np.float64)
     record = quantize(w, form)
-    return record.map(lambda field: on_device(ops, field)), REFERENCE.dequantize(record)
+    return record.map(lambda field: on_device(ops, field)), dequantize(REFERENCE, record)
 
 
 FORMS = {
@@ -411,8 +427,9 @@ def test_heads(any_ops: Ops, rng: np.random.Generator, forms: str, biased: bool,
         q_norm, k_norm, *biases = map(place, vectors)
         w = AttentionWeights(q, k, None, q_norm, k_norm, v if own_v else None)
         bias = BiasWeights(*biases[: 3 if own_v else 2]) if biased else BiasWeights()
-        rotary = ops.rotary(ops.asarray(np.array([7, -2])), L, place(frequencies))
-        given = place(x), ops.attention_weights(w, biased), bias, 1e-6, rotary
+        turned = rotary(ops, ops.asarray(np.array([7, -2])), L, place(frequencies))
+        w = ops.layer_weights(layer_of(ops, attention=w, bias=bias)).attention
+        given = place(x), w, bias, 1e-6, turned
         return [ops.to_numpy(y) for y in (*ops.heads(*given), *ops.keys_values(*given))]
 
     expected = run(REFERENCE, lambda y: y.astype(np.float64), 1)
@@ -430,15 +447,15 @@ def test_mlx_stacks_what_is_of_one_form(rng: np.random.Generator):
             matrices = [stored(ops, rng, n, form)[0] for n, form in zip((8, 4, 4), forms, strict=True)]
             q, k, v = matrices
             w = AttentionWeights(q, k, None, None, None, v if own_v else None)
-            assert ops.attention_weights(w, biased=True) is w
-            got = ops.attention_weights(w, biased=False)
+            assert ops.layer_weights(layer_of(ops, attention=w, bias=BiasWeights(q=1))).attention is w
+            got = ops.layer_weights(layer_of(ops, attention=w)).attention
             if name == "array among records" or (name == "two forms" and own_v):
                 assert got is w
                 continue
             assert got.k is None and got.v is None and got.rows == ((8, 4, 4) if own_v else (8, 4))
             parts = [q, k, v][: len(got.rows)]
-            whole = [ops.to_numpy(ops.dense(part)) for part in parts]
-            assert np.array_equal(ops.to_numpy(ops.dense(got.q)), np.concatenate(whole))
+            whole = [ops.to_numpy(dense(ops, part)) for part in parts]
+            assert np.array_equal(ops.to_numpy(dense(ops, got.q)), np.concatenate(whole))
 
 
 def on_device(ops: Ops, field: np.ndarray) -> Any:

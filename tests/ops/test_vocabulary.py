@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Guess, Ops
+from dgemma.network.ops import Ops, Prediction
+from dgemma.network.ops.vocabulary import logits
 from tests.compare import REFERENCE, backends, close, make, pair, rounding
 
 SOFTCAP, TEMPERATURE = 30.0, 0.7
@@ -20,14 +21,14 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 def guess(
     ops: Ops, h: np.ndarray, table: np.ndarray, uniforms: np.ndarray, soft_bound: float = 0.0
-) -> tuple[Guess, np.ndarray]:
+) -> tuple[Prediction, np.ndarray]:
     """The backend's statistics on the host, and the exact logits / temperature of the same rounded input."""
     device, reference = pair(ops, h, table)
     said = ops.vocabulary(*device, SOFTCAP, TEMPERATURE, ops.aswide(uniforms), soft_bound)
-    z = REFERENCE.logits(*reference, SOFTCAP) / TEMPERATURE
+    z = logits(REFERENCE, *reference, SOFTCAP) / TEMPERATURE
     assert (said.missing is None) == (soft_bound == 0)
     names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
-    return Guess(*(ops.to_numpy(getattr(said, name)) for name in names)), z
+    return Prediction(*(ops.to_numpy(getattr(said, name)) for name in names)), z
 
 
 def probabilities(z: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from dgemma.formats.stored import Stored
 from dgemma.network.build import build, constants
 from dgemma.network.config import Config, read_config
 from dgemma.network.ops import Ops
+from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import GenerationConfig, read_generation_config
@@ -122,9 +123,9 @@ class Checkpoint:
         # The whole router stays in the wide type: its logits tie in bf16, and a tie flips a pick.
         wide = param.group == "router"
         if isinstance(stored, Quantized):
-            record = ops.place(stored)
+            record = ops.upload(stored)
             if wide:
-                return ops.dequantize(record)
+                return dequantize(ops, record)
             # Rows of the embedding are looked up, too, and stay as they are.
             return record if param.group == "embed" else ops.arrange(record, str(param.path[-1]))
         return ops.load(stored, wide=wide)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import IO, Any
 
 import click
@@ -20,11 +19,13 @@ from dgemma.commands.options import (
     prompt_options,
     sampler_options,
 )
-from dgemma.commands.progress import notice, progress_bar, stderr_console
+from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
 from dgemma.commands.requests import read_request
 from dgemma.engine.events import Done, Event, Prefill
+from dgemma.files import Progress
 from dgemma.loading import load
 from dgemma.model import Model
+from dgemma.network.ops import Notices
 from dgemma.reports.tables import amount
 from dgemma.settings import GenerationConfig
 from dgemma.view.terminal import View, follow, moves_cursor, screen
@@ -45,6 +46,7 @@ def generate(
     model: str | None,
     backend: str,
     dtype: str | None,
+    activations: str | None,
     device: str | None,
     seed: int | None,
     live: bool | None,
@@ -63,14 +65,13 @@ def generate(
     conversations, functions = read_request(prompts, messages, system, tools)
     console = stderr_console()
     with progress_bar(console, "loading weights") as progress:
-        loaded = _load(model, backend, dtype, device, progress)
-    loaded.ops.waiting = partial(notice, console, loaded.ops.progress)
+        loaded = _load(model, backend, dtype, device, progress, activations, TerminalNotices(console))
     events = loaded.generate(conversations, tools=functions, thinking=thinking, seed=seed, **settings)
     sampler = loaded.generation.override(**settings)
     replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
-            click.echo(json.dumps(make_record(reply, loaded, model), ensure_ascii=False))
+            click.echo(json.dumps(_record(reply, loaded, model), ensure_ascii=False))
         else:
             if len(replies) > 1:
                 click.echo(_heading(reply.row, prompts[reply.row]))
@@ -79,12 +80,20 @@ def generate(
             click.echo(_stats_block(reply, loaded, len(replies), sampler), err=True)
 
 
-def _load(model: str | None, backend: str, dtype: str | None, device: str | None, progress: Any) -> Model:
+def _load(
+    model: str | None,
+    backend: str,
+    dtype: str | None,
+    device: str | None,
+    progress: Progress,
+    activations: str | None,
+    notices: Notices,
+) -> Model:
     if model is None:
         click.echo(
             "dgemma: no --model given, so the embedded model answers; it knows toy tasks only", err=True
         )
-    return load(model, backend, dtype, device, progress)
+    return load(model, backend, dtype, device, progress, activations=activations, notices=notices)
 
 
 def _is_live(live: bool | None, as_json: bool, console: Console) -> bool:
@@ -132,14 +141,13 @@ def _safe(text: str, stream: IO[str]) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else "\ufffd" for c in text)
 
 
-def make_record(reply: Done, model: Model, name: str | None) -> dict[str, Any]:
+def _record(reply: Done, model: Model, name: str | None) -> dict[str, Any]:
     return {"row": reply.row} | reply.json() | {"model": name or "embedded", "dtype": _dtype(model)}
 
 
 def _dtype(model: Model) -> str:
-    """The backend's compute type by its plain name: frameworks write "torch.bfloat16"."""
-    name = str(getattr(model.ops, "dtype", "float64")).rpartition(".")[2]
-    return "nvfp4" if getattr(model.ops, "w4a4", False) else name
+    """What activations are quantized to, else the compute type."""
+    return model.ops.activations or model.ops.dtype_name
 
 
 def _stats_block(reply: Done, model: Model, rows: int, sampler: GenerationConfig) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dgemma.loading import BACKENDS, DTYPES
+from dgemma.backends import ACTIVATIONS, BACKENDS, DTYPES
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -81,8 +81,12 @@ model_options = _options(
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Type of weights and activations.  [default: bfloat16 on a GPU, float32 on a CPU] With nvfp4, "
-        "experts in NVFP4 get activations in it, too, and answers change; on Blackwell only.",
+        help="Type of weights and activations.  [default: bfloat16 on a GPU, float32 on a CPU]",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(ACTIVATIONS),
+        help="Quantize what goes into experts in NVFP4, too: answers change. Blackwell only.",
     ),
     click.option("--device", metavar="NAME", help="A torch device, such as cuda:1; cuda backend only."),
 )

@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import click
 from rich import progress as rich
 from rich.console import Console
+
+from dgemma.network.ops import Notices
 
 PATIENCE = 1.0  # seconds that work may take before anything is said about it
 AGAIN = 10.0  # and until it is said how far it has come
@@ -43,8 +46,21 @@ def progress_bar(
             bar.stop()
 
 
+class TerminalNotices(Notices):
+    """What a backend has to say, on stderr."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def say(self, text: str) -> None:
+        click.echo(f"dgemma: {text}", err=True)
+
+    def working(self, what: str, progress: Callable[[], str]) -> AbstractContextManager[None]:
+        return _announced(self._console, progress, what)
+
+
 @contextmanager
-def notice(console: Console, progress: Callable[[], str], what: str) -> Iterator[None]:
+def _announced(console: Console, progress: Callable[[], str], what: str) -> Iterator[None]:
     """A line on a terminal once the work has taken a second, then how far it is every ten.
 
     From a thread, as the work is a single call; and no bar, as a live canvas may be on the screen already.

@@ -8,12 +8,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from dgemma.backends import BACKENDS, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
 from dgemma.commands.errors import OneLine, first_line, is_out_of_memory
 from dgemma.commands.options import HELP
-from dgemma.commands.progress import progress_bar, stderr_console
-from dgemma.loading import BACKENDS, make_ops
+from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
 from dgemma.network.ops import Ops
 from dgemma.reports import against as comparison
 from dgemma.reports import verify as library
@@ -51,7 +51,7 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
     folder, console = resolve(model), stderr_console()
     # What is wrong with the other checkpoint or the backend is said before minutes of reading.
     pair = comparison.pair(folder, against) if against is not None else None
-    ops = make_ops(backend) if pair and pair[0] and logits else None
+    ops = make_ops(backend, notices=TerminalNotices(console)) if pair and pair[0] and logits else None
     with progress_bar(console, "checking values", in_bytes=True) as progress:
         report = {"model": model} | library.inspect(folder, progress)
     if pair:

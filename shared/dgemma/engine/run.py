@@ -17,9 +17,11 @@ import numpy as np
 
 from dgemma.engine import sampler
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
+from dgemma.engine.sampler import Step
 from dgemma.errors import PromptError
-from dgemma.model import Context, Model, Step
+from dgemma.network.runner import Context, Runner
 from dgemma.settings import GenerationConfig
+from dgemma.text.tokenizer import Tokenizer
 
 
 @dataclass
@@ -48,41 +50,40 @@ class _Row:
 
 
 def generate(
-    model: Model,
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    config: GenerationConfig,
     prompt: Sequence[Any],
-    *,
     tools: Sequence[dict[str, Any]] | None = None,
     thinking: bool = False,
     seed: int | None = None,
     row_ids: Sequence[int] | None = None,
-    **settings: Any,
 ) -> Iterator[Event]:
-    """Replies to one prompt or a batch, as events; every row ends with a `Done`.
+    """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
-    `prompt` is a conversation (list of messages), a list of token ids, or a list of either. `settings`
-    override the checkpoint's `GenerationConfig` by field name (steps, entropy_bound, max_new_tokens, …).
-    Without a `seed` one is drawn and reported. `row_ids` key each row's noise; by default an id
-    follows from the prompt itself, so that a row draws the same alone and in a batch. Closing the
-    iterator stops within a step. PromptError and ConfigError are raised before the first event.
+    Without a `tokenizer` prompts are token ids, and replies have no text.
     """
-    config = model.generation.override(**settings)
-    prompts = _prompts(model, prompt, tools, thinking)
+    prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
     ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
     seed = secrets.randbits(63) if seed is None else seed
     rows = [_Row(index, id, list(ids)) for index, (id, ids) in enumerate(zip(ids, prompts, strict=True))]
     longest = max(len(p) for p in prompts) + config.max_new_tokens
-    if longest > model.config.max_positions:
+    if longest > runner.config.max_positions:
         raise PromptError(
             f"prompt and max_new_tokens need {longest} positions, the model has "
-            f"{model.config.max_positions}; shorten the prompt or lower max_new_tokens"
+            f"{runner.config.max_positions}; shorten the prompt or lower max_new_tokens"
         )
-    return _Run(model, config, rows, seed).events()
+    return _Run(runner, tokenizer, config, rows, seed).events()
 
 
 def _prompts(
-    model: Model, prompt: Sequence[Any], tools: Sequence[dict[str, Any]] | None, thinking: bool
+    runner: Runner,
+    tokenizer: Tokenizer | None,
+    prompt: Sequence[Any],
+    tools: Sequence[dict[str, Any]] | None,
+    thinking: bool,
 ) -> list[list[int]]:
     """Token ids of each row, whatever form the prompt came in."""
     if not isinstance(prompt, list | tuple | np.ndarray) or not len(prompt):
@@ -91,23 +92,33 @@ def _prompts(
     rows = []
     for one in many:
         if isinstance(one, list | tuple) and one and isinstance(one[0], dict):
-            rows.append(model.tokenizer.encode_chat(one, tools, thinking))
+            if tokenizer is None:
+                raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
+            rows.append(tokenizer.encode_chat(one, tools, thinking))
         else:
-            rows.append([int(token) for token in model.check_tokens(one)])
+            rows.append([int(token) for token in runner.check_tokens(one)])
     return rows
 
 
 class _Run:
     """One call of `generate`: its rows, its clock."""
 
-    def __init__(self, model: Model, config: GenerationConfig, rows: list[_Row], seed: int):
-        self.model, self.config, self.rows, self.seed = model, config, rows, seed
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        config: GenerationConfig,
+        rows: list[_Row],
+        seed: int,
+    ):
+        self.runner, self.tokenizer = runner, tokenizer
+        self.config, self.rows, self.seed = config, rows, seed
         self.began = 0.0
         self.prefill_seconds = 0.0
 
     def events(self) -> Iterator[Event]:
         """The run's events. Its clock stands still while the consumer holds one."""
-        with self.model.ops.running():
+        with self.runner.ops.running():
             self.began = time.perf_counter()
             for event in self._events():
                 held = time.perf_counter()
@@ -133,7 +144,7 @@ class _Run:
 
     def _prefill(self, tokens: list[list[int]], context: Context | None) -> Generator[Event, None, Context]:
         """Encode the prompts, with events, or the committed canvases, without; returns the context."""
-        prefill = self.model.prefill(tokens, context, consume=True)
+        prefill = self.runner.prefill(tokens, context, consume=True)
         while True:
             try:
                 done, total = next(prefill)
@@ -145,7 +156,7 @@ class _Run:
 
     def _canvas(self, context: Context, rows: list[_Row]) -> Generator[Event, None, np.ndarray]:
         """Denoise one canvas of every row; returns the committed canvases [B, L]."""
-        config, L, vocab = self.config, self.model.config.canvas_length, self.model.config.vocab_size
+        config, L, vocab = self.config, self.runner.config.canvas_length, self.runner.config.vocab_size
         final = np.zeros((len(rows), L), np.int64)
         live = np.arange(len(rows))
         noise = self._noise(rows, vocab)
@@ -154,16 +165,10 @@ class _Run:
         sparse = True
         for n in range(config.steps, 0, -1):
             started = time.perf_counter()
-            draw = noise.draw(n, L)
-            step = self.model.refine(
-                context,
-                canvas,
-                soft,
-                sampler.temperature(config, n),
-                *draw,
-                entropy_bound=config.entropy_bound,
-                soft_bound=config.soft_bound if sparse else 0.0,
-            )
+            uniforms, fresh = noise.draw(n, L)
+            heat, bound = sampler.temperature(config, n), config.soft_bound if sparse else 0.0
+            seen = self.runner.see(context, canvas, soft, heat, uniforms, soft_bound=bound)
+            step = sampler.refined(seen, fresh, config.entropy_bound)
             # Where most rows turn out dense, looking for sparse ones costs a backend more than it saves: then
             # the next step does not look, and the one after it does.
             sparse = step.missing is None or step.dense.mean() <= 0.5
@@ -183,13 +188,13 @@ class _Run:
             if done.any():
                 keep = np.flatnonzero(~done)
                 live, canvas = live[keep], canvas[keep]
-                soft = self.model.ops.take(soft, self.model.ops.asarray(keep))
+                soft = self.runner.ops.take(soft, self.runner.ops.asarray(keep))
                 context, noise = context.fork(keep), self._noise([rows[row] for row in live], vocab)
                 stop.keep(keep)
         return final
 
     def _noise(self, rows: list[_Row], vocab: int) -> sampler.Noise:
-        return sampler.Noise(self.seed, tuple(row.id for row in rows), rows[0].canvases, vocab)
+        return sampler.Noise(self.seed, tuple(row.id for row in rows), [row.canvases for row in rows], vocab)
 
     def _commit(self, row: _Row, canvas: np.ndarray) -> Generator[Event, None, str | None]:
         """Append a final canvas to its reply; returns the finish reason, None while it goes on."""
@@ -207,9 +212,9 @@ class _Run:
 
     def _new_text(self, row: _Row, final: bool) -> str:
         """Raw text that the reply gained; a character cut in half by the canvas edge waits for its rest."""
-        if self.model._tokenizer is None:
+        if self.tokenizer is None:
             return ""
-        text = self.model.tokenizer.decode(row.tokens)
+        text = self.tokenizer.decode(row.tokens)
         if not final:
             text = text.rstrip("\ufffd")
         new, row.shown = text[len(row.shown) :], text
@@ -230,14 +235,14 @@ class _Run:
             steps_per_canvas=steps / row.canvases,
             tokens_per_forward=tokens / steps,
             ms_per_step=1000 * row.step_seconds / steps,
-            peak_memory=self.model.ops.peak_memory(),
+            peak_memory=self.runner.ops.peak_memory(),
             seed=self.seed,
-            backend=self.model.ops.name,
+            backend=self.runner.ops.name,
             soft_missing=row.missing,
             soft_dense=row.dense / steps,
         )
-        if self.model._tokenizer is None:
+        if self.tokenizer is None:
             return Done(row.index, row.tokens, "", "", (), reason, stats)
-        reply = self.model.tokenizer.reply(row.tokens)
+        reply = self.tokenizer.reply(row.tokens)
         reason = "tool_calls" if reply.tool_calls and reason == "stop" else reason
         return Done(row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats)

@@ -12,24 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
+from dgemma.network.ops import Array
+from dgemma.network.runner import Seen
 from dgemma.settings import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Noise:
-    """One canvas's randomness for a set of rows. `seed` is a 64-bit integer, `rows` their own ids."""
+    """The randomness of a set of rows, each on a canvas of its own.
+
+    `seed` is a 64-bit integer, `rows` are the rows' own ids, `canvas` their canvases, one number for all or
+    [B].
+    """
 
     seed: int
     rows: tuple[int, ...]
-    canvas: int
+    canvas: int | Sequence[int]
     vocab_size: int
 
-    def draw(self, step: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Uniforms [B, L] in [0, 1) float64 and uniform tokens [B, L] int64 for one step."""
-        words = np.stack([self._words(row, step, 2 * length) for row in self.rows])
+    def draw(self, step: int | Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Uniforms [B, L] in [0, 1) float64 and uniform tokens [B, L] int64 of a step, one for all or [B]."""
+        steps, canvases = (np.broadcast_to(x, len(self.rows)) for x in (step, self.canvas))
+        places = zip(self.rows, canvases.tolist(), steps.tolist(), strict=True)
+        words = np.stack([self._words(*place, 2 * length) for place in places])
         uniforms = (words[:, :length] >> np.uint64(11)) * 2.0**-53
         tokens = (words[:, length:] >> np.uint64(32)) * np.uint64(self.vocab_size) >> np.uint64(32)
         return uniforms, tokens.astype(np.int64)
@@ -38,12 +47,12 @@ class Noise:
         """The canvas [B, L] of random tokens that denoising starts from."""
         return self.draw(steps + 1, length)[1]
 
-    def _words(self, row: int, step: int, count: int) -> np.ndarray:
+    def _words(self, row: int, canvas: int, step: int, count: int) -> np.ndarray:
         # Raw words: NumPy promises the bit stream of Philox, not what distributions make of it.
         mask = 2**64 - 1
         # As uint64 arrays: from a list with one value beyond 2^63 NumPy makes floats, and drops low bits.
         key = np.array([self.seed & mask, row & mask], np.uint64)
-        counter = np.array([0, 0, step, self.canvas], np.uint64)
+        counter = np.array([0, 0, step, canvas], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
@@ -61,8 +70,8 @@ def row_ids(prompts: Sequence[Sequence[int]]) -> list[int]:
     return ids
 
 
-def temperature(config: GenerationConfig, step: int) -> float:
-    """t_min + (t_max − t_min) · n / N for step n."""
+def temperature(config: GenerationConfig, step: Any) -> Any:
+    """t_min + (t_max − t_min) · n / N for step n, a number or an array [B]."""
     return config.t_min + (config.t_max - config.t_min) * step / config.steps
 
 
@@ -78,6 +87,39 @@ def accept(entropy: np.ndarray, bound: float) -> np.ndarray:
     np.put_along_axis(accepted, order, before <= bound, -1)
     accepted[np.arange(len(entropy)), order[:, 0]] = True
     return accepted
+
+
+@dataclass(frozen=True)
+class Step:
+    """One refinement of a canvas. NumPy on the host, but for `soft`, which stays on the device.
+
+    `canvas` [B, L]: accepted samples, fresh noise elsewhere: the next step's input. `argmax` [B, L]:
+    what would be committed. `entropy` [B, L] float32 nats; `accepted` [B, L] bool; `soft` [B, L, D].
+    `missing` [B, L] is the probability that `soft` leaves out at most, None where all of it is dense.
+    """
+
+    canvas: np.ndarray
+    argmax: np.ndarray
+    entropy: np.ndarray
+    accepted: np.ndarray
+    soft: Array
+    missing: np.ndarray | None = None
+
+    @property
+    def dense(self) -> np.ndarray:
+        """Positions [B, L] whose soft embedding left nothing out."""
+        return np.ones(self.argmax.shape, bool) if self.missing is None else self.missing == 0
+
+
+def refined(seen: Seen, noise: np.ndarray, bound: float) -> Step:
+    """What the sampler makes of what the network says of a canvas [B, L].
+
+    `noise` [B, L] int64 are the tokens that positions outside the entropy `bound` in nats are refilled with.
+    """
+    accepted = accept(seen.entropy, bound)
+    canvas = np.where(accepted, seen.sample, noise).astype(np.int64)
+    entropy = seen.entropy.astype(np.float32)
+    return Step(canvas, seen.argmax, entropy, accepted, seen.soft, seen.missing)
 
 
 class Stop:

@@ -18,6 +18,7 @@ from dgemma.network.weights import (
     ConditioningWeights,
     ExpertWeights,
     LayerWeights,
+    MlpWeights,
     RouterWeights,
     Weights,
 )
@@ -66,14 +67,14 @@ def build(
 
 def _layer(node: dict[str, Any], ops: Ops) -> LayerWeights:
     parts: dict[str, Any] = {
-        "attention": ops.attention_weights(AttentionWeights(**node.pop("attention")), "bias" in node),
-        "mlp": ops.mlp_weights(**node.pop("mlp")),
+        "attention": AttentionWeights(**node.pop("attention")),
+        "mlp": MlpWeights(**node.pop("mlp")),
         "experts": ExpertWeights(**node.pop("experts")),
         "router": RouterWeights(**node.pop("router")),
         "bias": BiasWeights(**node.pop("bias", {})),
         "encoder_bias": BiasWeights(**node.pop("encoder_bias", {})),
     }
-    return LayerWeights(**parts, **node)
+    return ops.layer_weights(LayerWeights(**parts, **node))
 
 
 def constants(config: Config, ops: Ops) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from dgemma.network.config import Config
-from dgemma.network.graph import KV
-from dgemma.network.ops import Ops
+from dgemma.network.ops import KV, Ops
 
 
 class Cache:
@@ -124,3 +123,9 @@ class Cache:
         B, G, _, C = k.shape
         zeros = self.ops.asarray(np.zeros((B, G, missing, C), np.float32))
         return self.ops.concat([zeros, k], 2), self.ops.concat([zeros, v], 2)
+
+
+def empty(ops: Ops, config: Config) -> Cache:
+    """A cache of no slots, of the backend's own kind where it has one."""
+    cache: Cache = (ops.cache_type or Cache)(ops, config)
+    return cache

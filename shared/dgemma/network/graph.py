@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgemma.network.config import Config, LayerConfig
-from dgemma.network.ops import Array, Guess, Ops
+from dgemma.network.ops import KV, Array, Mask, Ops, Prediction
+from dgemma.network.ops.layers import rotary
+from dgemma.network.ops.vocabulary import embed
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights, Weights
-
-KV = tuple[Array, Array]  # keys after norm and RoPE, values: [B, G, P, C] each
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def attention(
     q, k, v = ops.heads(x, w, bias, run.config.rms_eps, run.rotary[layer.kind])
     B, H, L, C = q.shape
     pad = (0 if past is None else past[0].shape[2]) - run.offset if run.ragged else None
-    y = ops.attend(q, (k, v), past, pad, run.causal, layer.window)
+    y = ops.attend(q, (k, v), past, Mask(pad, run.causal, layer.window))
     y = ops.transpose(y, 0, 2, 1, 3).reshape(B, L, H * C)
     return ops.linear(y, w.o, bias.o), (k, v)
 
@@ -91,14 +91,15 @@ def encode(
     *,
     ragged: bool,
 ) -> list[KV]:
-    """One causal pass of tokens [B, L] that start at positions offset [B] -> new keys and values.
+    """One causal pass of tokens that start at positions offset [B] -> new keys and values.
 
-    `past` holds each layer's cached keys and values; sliding layers need their last window − 1.
-    `ragged`: some row has padding among the keys, so masks are needed. Nothing reads the encoder's
-    last hidden state, so the last layer stops at its keys and values.
+    `tokens` are ids [B, L], or the rows that stand in their place [B, L, D]: embeddings times √D, or what an
+    image became. `past` holds each layer's cached keys and values; sliding layers need their last window − 1.
+    `ragged`: some row has padding among the keys, so masks are needed. Nothing reads the encoder's last
+    hidden state, so the last layer stops at its keys and values.
     """
     run = Pass(ops, config, offset, _rotary(ops, w, offset, tokens.shape[1]), True, ragged)
-    h = ops.embed(w.embed, tokens) * w.embed_scale
+    h = tokens if len(tokens.shape) == 3 else embed(ops, w.embed, tokens) * w.embed_scale
     new: list[KV] = []
     for index, layer in enumerate(config.layers[:-1]):
         h, kv = block(run, layer, w.layers[index], h, past[index] if past else None)
@@ -132,12 +133,12 @@ def denoise(
 
 
 def _rotary(ops: Ops, w: Weights, offset: Array, length: int) -> dict[str, Any]:
-    return {kind: ops.rotary(offset, length, f) for kind, f in w.frequencies.items()}
+    return {kind: rotary(ops, offset, length, f) for kind, f in w.frequencies.items()}
 
 
 def self_condition(run: Pass, w: Weights, canvas: Array, soft: Array | None) -> Array:
     """Canvas embeddings with the self-conditioning block applied, [B, L, D]."""
-    e = run.ops.embed(w.embed, canvas) * w.embed_scale
+    e = embed(run.ops, w.embed, canvas) * w.embed_scale
     if soft is not None:  # a zero signal passes the bias-free block as zero: only the norm remains
         n = run.norm(soft * w.embed_scale, w.self_conditioning.pre_norm)
         e = e + mlp(run.ops, w.self_conditioning, n)
@@ -156,8 +157,11 @@ def step(
     uniforms: Array,
     *,
     ragged: bool,
-) -> Guess:
-    """A denoise pass and what the vocabulary says of it; `Guess` rows run over B·L positions."""
+) -> Prediction:
+    """A denoise pass and what the vocabulary says of it; `Prediction` rows run over B·L positions.
+
+    `temperature` is wide, [B, L] as `uniforms` are, or one number for all.
+    """
     h = denoise(ops, config, w, canvas, soft, offset, past, ragged=ragged)
     return vocabulary(ops, config, w, h, temperature, uniforms)
 
@@ -170,7 +174,12 @@ def vocabulary(
     temperature: Array | float,
     uniforms: Array,
     soft_bound: float = 0.0,
-) -> Guess:
-    """What the vocabulary says of hidden states h [B, L, D]; with a `soft_bound` it may read the host."""
+) -> Prediction:
+    """What the vocabulary says of hidden states h [B, L, D]; with a `soft_bound` it may read the host.
+
+    `temperature` and `uniforms` are as in `step`.
+    """
     h, uniforms = h.reshape(-1, h.shape[-1]), uniforms.reshape(-1)
+    if getattr(temperature, "ndim", 0):
+        temperature = temperature.reshape(-1)  # type: ignore[union-attr]
     return ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms, soft_bound)

@@ -12,12 +12,14 @@ import numpy as np
 
 from dgemma.formats.stored import Stored
 from dgemma.network.ops import Array, Ops
+from dgemma.network.ops.decoding import dense
 
 
 class NumpyOps(Ops):
-    """float64 everywhere; `compute` and `wide` are the same type."""
+    """float64 everywhere: the compute type and the wide one are the same."""
 
     name = "numpy"
+    dtype_name = "float64"
 
     def asarray(self, x: np.ndarray) -> Array:
         x = np.asarray(x)
@@ -41,10 +43,10 @@ class NumpyOps(Ops):
     def rounded(self, x: float) -> float:
         return float(x)
 
-    def wide(self, x: Array) -> Array:
+    def to_wide(self, x: Array) -> Array:
         return np.asarray(x, np.float64)
 
-    def compute(self, x: Array) -> Array:
+    def to_compute(self, x: Array) -> Array:
         return np.asarray(x, np.float64)
 
     def like(self, x: Array, reference: Array) -> Array:
@@ -102,7 +104,7 @@ class NumpyOps(Ops):
         return np.cumsum(x, axis)
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        y = x @ self.dense(weight).T
+        y = x @ dense(self, weight).T
         return y if bias is None else y + bias
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
@@ -110,5 +112,5 @@ class NumpyOps(Ops):
         edges = np.searchsorted(experts, np.arange(len(weight) + 1))
         for expert in np.unique(experts):
             rows = slice(edges[expert], edges[expert + 1])
-            y[rows] = x[rows] @ self.dense(weight[expert]).T
+            y[rows] = x[rows] @ dense(self, weight[expert]).T
         return y

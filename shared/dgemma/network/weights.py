@@ -1,16 +1,13 @@
-"""The typed tree of weights that the graph reads, and how a flat table becomes one.
+"""The typed tree of weights that the graph reads.
 
-A leaf is whatever `Ops.place` made of a stored tensor: an array of the backend, or (for quantized
-checkpoints) a record that `linear` and `expert_linear` accept. The graph cannot tell them apart.
+A leaf is whatever `Ops.load` or `Ops.upload` made of a stored tensor: an array of the backend, or (for
+quantized checkpoints) a record that `linear` and `expert_linear` accept. The graph cannot tell them apart.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 

@@ -27,6 +27,7 @@ from dgemma.model import Model
 from dgemma.network.config import Config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Ops
+from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import GROUPS, Param, text_parameters
 from dgemma.reports import info, tables
 
@@ -161,7 +162,7 @@ def _decoded(ops: Ops, stored: Stored | Quantized, rows: slice) -> np.ndarray:
     part = stored[rows]
     if isinstance(part, Stored):
         return ops.to_numpy(ops.load(part, wide=True))
-    return ops.to_numpy(ops.dequantize(ops.place(part)))
+    return ops.to_numpy(dequantize(ops, ops.upload(part)))
 
 
 # ---- logits against logits ----------------------------------------------------------------------
@@ -270,10 +271,7 @@ def memory_needed(checkpoint: Checkpoint, ops: Ops) -> int:
 
 
 def _format(ops: Ops) -> info.Format:
-    bf16, f32, f64 = info.FORMATS
-    if ops.name == "numpy":
-        return f64
-    return bf16 if "bfloat16" in str(getattr(ops, "dtype", "")) else f32
+    return next(form for form in info.FORMATS if form.dtype == ops.dtype_name)
 
 
 # ---- as text ------------------------------------------------------------------------------------

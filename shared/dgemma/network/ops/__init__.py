@@ -1,0 +1,25 @@
+"""What a backend must offer: a few primitives to fill in, and composites that are defined here.
+
+A primitive raises until a backend supplies it. A composite's body *is* its definition, written with
+primitives; a backend overrides one only where a measurement says it is faster, and a test holds the override
+against this body on NumPy float64. No formula of the model lives outside this package.
+
+One file has one kind, and each stands on the one before:
+
+    arrays      arrays of the backend, their types, elementwise operations and reductions
+    runtime     memory, compiling, evaluation, notices
+    decoding    weights on the device, and products with them
+    layers      norms, attention, experts
+    vocabulary  embeddings, logits, samples, soft embeddings
+"""
+
+from dgemma.network.ops.arrays import KV, Array
+from dgemma.network.ops.layers import Mask
+from dgemma.network.ops.runtime import Notices
+from dgemma.network.ops.vocabulary import Prediction, Vocabulary
+
+__all__ = ["KV", "Array", "Mask", "Notices", "Ops", "Prediction"]
+
+
+class Ops(Vocabulary):
+    """Base of the backends: all of the above."""

@@ -1,0 +1,107 @@
+"""The primitives: what a backend supplies, array by array. They raise until it does.
+
+Arrays are the backend's own; operators and slicing work on all of them. "Wide" is the type in which norms,
+softmax, router and statistics are computed: float32 on the fast backends, float64 on NumPy. "Compute" is the
+type of weights and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
+KV = tuple[Array, Array]  # keys after norm and RoPE, and values: [B, G, slots, C] each
+
+
+class Arrays:
+    """Arrays of one backend, their types and the operations on them."""
+
+    name = "ops"
+    dtype_name = ""  # the compute type by its plain name: "float32", "bfloat16" or "float64"
+
+    def asarray(self, x: np.ndarray) -> Array:
+        """Host to device: floats become the compute type, integers stay integers."""
+        raise NotImplementedError
+
+    def aswide(self, x: np.ndarray) -> Array:
+        """Host to device, in the wide type."""
+        raise NotImplementedError
+
+    def to_numpy(self, x: Array) -> np.ndarray:
+        """Device to host: floats as float32 (float64 on NumPy), integers as they are. Synchronizes."""
+        raise NotImplementedError
+
+    def rounded(self, x: float) -> float:
+        """`x` rounded to the compute type."""
+        raise NotImplementedError
+
+    def to_wide(self, x: Array) -> Array:
+        """`x` in the wide type."""
+        raise NotImplementedError
+
+    def to_compute(self, x: Array) -> Array:
+        """`x` in the compute type."""
+        raise NotImplementedError
+
+    def like(self, x: Array, reference: Array) -> Array:
+        """`x` in the type of `reference`."""
+        raise NotImplementedError
+
+    def transpose(self, x: Array, *axes: int) -> Array:
+        raise NotImplementedError
+
+    def concat(self, parts: Sequence[Array], axis: int) -> Array:
+        raise NotImplementedError
+
+    def take(self, x: Array, ids: Array) -> Array:
+        """Rows `ids` of `x` along its first axis."""
+        raise NotImplementedError
+
+    def arange(self, stop: int) -> Array:
+        raise NotImplementedError
+
+    def where(self, condition: Array, x: Array, y: Array | float) -> Array:
+        raise NotImplementedError
+
+    def exp(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def log(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def tanh(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def cos(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def sin(self, x: Array) -> Array:
+        raise NotImplementedError
+
+    def maximum(self, x: Array, y: Array) -> Array:
+        """Elementwise."""
+        raise NotImplementedError
+
+    def sum(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        """For a boolean `x` the count, as an integer."""
+        raise NotImplementedError
+
+    def max(self, x: Array, axis: int, keepdims: bool = False) -> Array:
+        raise NotImplementedError
+
+    def argmax(self, x: Array, axis: int) -> Array:
+        """First of equals."""
+        raise NotImplementedError
+
+    def argsort(self, x: Array, axis: int) -> Array:
+        """Ascending and stable."""
+        raise NotImplementedError
+
+    def take_along(self, x: Array, ids: Array, axis: int) -> Array:
+        raise NotImplementedError
+
+    def cumsum(self, x: Array, axis: int) -> Array:
+        raise NotImplementedError

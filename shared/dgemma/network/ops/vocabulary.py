@@ -1,0 +1,158 @@
+"""The vocabulary: tokens to embeddings, hidden states to what the head says of them, and back.
+
+N positions  D hidden  V vocabulary  v some of its tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dgemma.formats.quantized import Quantized
+from dgemma.network.ops.arrays import Array
+from dgemma.network.ops.decoding import dense
+from dgemma.network.ops.layers import Layers, top_k
+
+# What a sparse row is said to leave out at least, so that it can be told from a dense one.
+TRACE = 1e-30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the vocabulary says of each position, still on the device."""
+
+    argmax: Array  # [N] int
+    sample: Array  # [N] int, drawn with the given uniforms
+    entropy: Array  # [N] wide, nats
+    soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
+    # [N] wide: probability that `soft` leaves out at most, 0 in dense rows. None where all had to be dense.
+    missing: Array | None = None
+
+
+class Vocabulary(Layers):
+    """What the head says of a position, never with more than one plane of logits."""
+
+    # Vocabulary entries whose logits are made at once. One float32 plane of [rows, V] exists, in tiles
+    # of this width, and no second one.
+    vocab_tile = 32768
+    # Rows of that plane at once: 256 × 262,144 float32 are 268 MB.
+    vocab_rows = 256
+    # Tokens that a sparse soft embedding keeps.
+    soft_tokens = 128
+
+    def soft_embedding(self, p: Array, table: Array) -> Array:
+        """p @ table: p [..., v] wide, in the table's type for the product (as the reference does)."""
+        return self.to_compute(p) @ dense(self, table)
+
+    def vocabulary(
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array | float,
+        uniforms: Array,
+        soft_bound: float = 0.0,
+    ) -> Prediction:
+        """Argmax, sample, entropy and soft embedding of h [N, D] against the table [V, D].
+
+        With z = logits / temperature (wide [N], or one number for all) and p = softmax(z): entropy
+        −Σ p log p; the sample is the first token whose cumulative p exceeds its uniform [N]. Two passes over
+        tiles of z: the first gathers maximum and sums online, the second turns tiles into probabilities.
+
+        With a `soft_bound` a soft embedding may leave out that much probability. A row whose most probable
+        `soft_tokens` leave out no more is *sparse*: it is made of those alone; every other row is dense.
+        Which tokens are kept is a backend's own (runs of 32, or the first of those that are probable), so
+        all that is promised is the bound: beyond its rounding `soft` is off by `missing` times the largest
+        value of the table at most. A backend may read the host to tell the rows apart: with a bound this
+        must not be recorded or compiled.
+        """
+        heat: Array = temperature if getattr(temperature, "ndim", 0) else uniforms * 0.0 + temperature
+        parts: list[Prediction] = []
+        for a in range(0, h.shape[0], self.vocab_rows):
+            rows = slice(a, a + self.vocab_rows)
+            x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
+            parts.append(self.vocabulary_rows(x, table, softcap, heat[rows], uniforms[rows], soft_bound))
+        if len(parts) == 1:
+            return parts[0]
+        names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
+        return Prediction(*(self.concat([getattr(part, name) for part in parts], 0) for name in names))
+
+    def vocabulary_rows(
+        self,
+        h: Array,
+        table: Array,
+        softcap: float,
+        temperature: Array,
+        uniforms: Array,
+        soft_bound: float = 0.0,
+    ) -> Prediction:
+        """`vocabulary` of no more than `vocab_rows` rows; temperature [N] wide. The one thing to override."""
+        edges = range(0, table.shape[0], self.vocab_tile)
+        tiles: list[Array] = []
+        for a in edges:
+            x = self.after(h, tiles[-1]) if tiles else h
+            tiles.append(logits(self, x, table[a : a + self.vocab_tile], softcap) / temperature[:, None])
+        top, argmax = _peak(self, tiles, edges)
+        mass = weighted = below = top * 0.0
+        for z in tiles:
+            z = self.after(z, mass, weighted)
+            e = self.exp(z - top)
+            mass = mass + self.sum(e, -1, keepdims=True)
+            weighted = weighted + self.sum(e * (z - top), -1, keepdims=True)
+        floor, missing = _few(self, tiles, top, mass, soft_bound) if soft_bound else (None, None)
+        sample, soft = argmax * 0, self.to_wide(h) * 0.0
+        for index, a in enumerate(edges):
+            z = self.after(tiles[index], mass, weighted, sample, soft)
+            tiles[index] = None  # the plane shrinks as it is read
+            p = self.exp(z - top) / mass
+            reach = self.cumsum(p, -1) + below
+            sample = sample + self.sum(reach <= uniforms[:, None], -1)
+            below = reach[:, -1:]
+            if floor is not None:
+                p = self.where(z < floor, p * 0.0, p)
+            soft = soft + self.to_wide(self.soft_embedding(p, table[a : a + self.vocab_tile]))
+        # Rounding can leave the last cumulative sum below the uniform: then no token exceeds it.
+        sample = self.where(sample < table.shape[0], sample, argmax)
+        entropy = self.log(mass) - weighted / mass
+        return Prediction(argmax, sample, entropy[:, 0], self.to_compute(soft), missing)
+
+
+def embed(ops: Vocabulary, table: Array, ids: Array) -> Array:
+    """Rows of the embedding table, in the compute type."""
+    return dense(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
+
+
+def logits(ops: Vocabulary, h: Array, table: Array, softcap: float) -> Array:
+    """softcap · tanh(h @ tableᵀ / softcap), wide; h [..., D], table [v, D]."""
+    return soft_cap(ops, ops.to_wide(ops.linear(h, table)), softcap)
+
+
+def soft_cap(ops: Vocabulary, z: Array, cap: float) -> Array:
+    """cap · tanh(z / cap)."""
+    return cap * ops.tanh(z / cap)
+
+
+def _few(ops: Vocabulary, tiles: list[Array], top: Array, mass: Array, bound: float) -> tuple[Array, Array]:
+    """The least z [N, 1] that a row's soft embedding keeps, and the probability [N] that it leaves out.
+
+    Tokens as probable as the last of the most probable `soft_tokens` are kept too.
+    """
+    best = tiles[0][:, :0]
+    for z in tiles:
+        best, _ = top_k(ops, ops.concat([best, z], -1), ops.soft_tokens)
+    floor, missing = best[:, -1:], mass * 0.0
+    for z in tiles:
+        missing = missing + ops.sum(ops.where(z < floor, ops.exp(z - top), 0.0), -1, keepdims=True)
+    missing = missing / mass
+    sparse = missing <= bound  # NaN is not
+    missing = ops.where(missing > TRACE, missing, TRACE)
+    return ops.where(sparse, floor, -1e30), ops.where(sparse, missing, 0.0)[:, 0]
+
+
+def _peak(ops: Vocabulary, tiles: list[Array], edges: range) -> tuple[Array, Array]:
+    """Maximum [N, 1] and its first place [N] over all tiles."""
+    top, argmax = ops.max(tiles[0], -1, keepdims=True), ops.argmax(tiles[0], -1)
+    for z, a in zip(tiles[1:], edges[1:], strict=True):
+        peak = ops.max(z, -1, keepdims=True)
+        argmax = ops.where((peak > top)[:, 0], ops.argmax(z, -1) + a, argmax)
+        top = ops.maximum(top, peak)
+    return top, argmax
