@@ -28,7 +28,7 @@ from dgemma.network.ops.vocabulary import embed
 from dgemma.network.runner import Context
 from dgemma.network.weights import LayerWeights
 from dgemma.reports.tables import amount, table
-from dgemma.settings import GenerationConfig
+from dgemma.settings import read_generation_config
 
 from .graphs import record_cuda
 from .ops import CudaOps
@@ -206,7 +206,7 @@ def prepare(
 ) -> Bench:
     """Weights in a format, a random prompt of `context` tokens a row, and a step's inputs."""
     weights = random_weights(ops, config, FORMATS[form], skew, seed)
-    settings = GenerationConfig(48, 0.8, 0.4, 0.1, 1, 0.005, 256, ())
+    settings = read_generation_config(None, config.vocab_size)  # the released numbers, and no stop ids
     model, rng = Model(ops, config, settings, weights, None), np.random.default_rng(seed)
     encoded = model.encode(rng.integers(0, config.vocab_size, (rows, context)).tolist())
     canvas = rng.integers(0, config.vocab_size, (rows, config.canvas_length))

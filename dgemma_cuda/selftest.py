@@ -113,7 +113,7 @@ def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: No
     """A canvas over its context, in a layer of this kind, with a row's padding in front."""
     layer = next(layer for layer in config.layers if layer.kind == kind)
     L, C = config.canvas_length, layer.head_dim
-    slots = L + (min(context, layer.window - 1) if layer.window else context)
+    slots = L + (context if layer.past is None else min(context, layer.past))
     q = normal(1, config.heads, L, C) * C**-0.5
     k, v = (normal(1, layer.kv_heads, slots, C) for _ in range(2))
     own, past = (k[:, :, -L:], v[:, :, -L:]), (k[:, :, :-L], v[:, :, :-L])

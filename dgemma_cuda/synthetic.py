@@ -75,7 +75,7 @@ def _array(ops: CudaOps, param: Param, skew: float, generator: torch.Generator) 
         # Scores are not divided by the root of the head size: a small norm of q stands in for that.
         value = {"q_norm": 0.3, "scalar": 0.9, "encoder_scalar": 0.9}.get(str(own), 1.0)
         return torch.full(param.shape, value, device=ops.device, dtype=ops.dtype)
-    if param.group == "router":
+    if param.wide:
         rows = torch.randn(param.shape, generator=generator, device=ops.device) / param.shape[-1] ** 0.5
         spread = torch.randn(param.shape[0], 1, generator=generator, device=ops.device)
         return 3 * rows * (skew * spread).exp()

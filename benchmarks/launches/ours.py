@@ -85,10 +85,9 @@ def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:
     forms = recipe(MLX_PRESETS["balanced"] if form == "4bit" else {}, [], table, ["affine"])
 
     def leaf(param: Param) -> Any:
-        wide = param.group == "router"  # decoded when it is loaded
-        own = None if wide else forms.form(param)
+        own = None if param.wide else forms.form(param)  # the router is decoded when it is loaded
         if own is None:
-            return mx.zeros(param.shape, mx.float32 if wide else ops.dtype)
+            return mx.zeros(param.shape, mx.float32 if param.wide else ops.dtype)
         record = blank_record(param.shape, own, ops.dtype)
         return ops.arrange(record, str(param.path[-1])) if param.group == "experts" else record
 

@@ -7,6 +7,8 @@ separate encoder scalars, softcap. The window (48) is shorter than the contexts 
 from typing import Any
 
 from benchmarks.tiny.tokenizer import VOCAB_SIZE
+from dgemma.files import load_json
+from dgemma.released import RELEASED_DIR
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DiffusionGemmaForBlockDiffusion"],
@@ -58,13 +60,7 @@ CONFIG: dict[str, Any] = {
 
 # The released sampler, number for number.
 GENERATION_CONFIG: dict[str, Any] = {
-    "confidence_threshold": 0.005,
-    "eos_token_id": [1, 106, 50],
-    "max_denoising_steps": 48,
-    "max_new_tokens": 256,
-    "pad_token_id": 0,
-    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
-    "stability_threshold": 1,
-    "t_max": 0.8,
-    "t_min": 0.4,
+    name: value
+    for name, value in load_json(RELEASED_DIR / "generation_config.json").items()
+    if name != "transformers_version"
 }

@@ -169,7 +169,7 @@ class Trainer:
 
         def leaf(p: Param) -> Array:
             w = self.params[p.name]
-            return w if p.group == "router" else self.ops.to_compute(w)
+            return w if p.wide else self.ops.to_compute(w)
 
         return build(self.config, self.table, leaf, constants, self.ops)
 
@@ -178,7 +178,7 @@ class Trainer:
         ops, config, w = self.ops, self.config, self.weights()
         new = graph.encode(ops, config, w, batch.context, batch.offset, None, ragged=True)
         past = [
-            (k[:, :, 1 - layer.window :], v[:, :, 1 - layer.window :]) if layer.window else (k, v)
+            (k[:, :, -layer.past :], v[:, :, -layer.past :]) if layer.past else (k, v)
             for layer, (k, v) in zip(config.layers, new, strict=True)
         ]
         offset = batch.offset + batch.context.shape[1]

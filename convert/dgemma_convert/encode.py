@@ -57,11 +57,11 @@ def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Field
         )
     if job.form is None:
         return {"value": x if x.dtype == np.uint16 else bf16_bits(x)}
-    record = quantize(x, job.form) if job.factored or job.form.mode == "affine" else blocks(x, job.form, None)
+    record = quantize(x, job.form) if job.factored or job.form.is_affine else blocks(x, job.form, None)
     made: dict[str, Any] = {"codes": record.codes}
     for role in ("scales", "biases"):
         if (field := getattr(record, role)) is not None:
-            made[role] = bf16_bits(field) if job.form.mode == "affine" else field
+            made[role] = bf16_bits(field) if job.form.is_affine else field
     return made | ({"factor": _rows(record.factor, x.shape[:-1])} if job.factored else {})
 
 

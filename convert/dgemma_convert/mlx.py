@@ -46,7 +46,7 @@ def _announcement(table: Sequence[Param], forms: Forms) -> dict[str, Any]:
     experts = next((form for p in table if p.group == "experts" and (form := forms[p.name])), None)
     default = experts or next(form for param in table if (form := forms[param.name]))
     overrides = {
-        module(param): _entry(form, explicit=default.mode != "affine")
+        module(param): _entry(form, explicit=not default.is_affine)
         for param in table
         if (form := forms[param.name]) is not None and form != default
     }
@@ -56,4 +56,4 @@ def _announcement(table: Sequence[Param], forms: Forms) -> dict[str, Any]:
 def _entry(form: Form, explicit: bool = True) -> dict[str, Any]:
     """A form as MLX writes it: a mode that is not given means affine."""
     entry: dict[str, Any] = {"group_size": form.group, "bits": form.bits}
-    return entry | ({"mode": form.mode} if explicit or form.mode != "affine" else {})
+    return entry | ({"mode": form.mode} if explicit or not form.is_affine else {})

@@ -67,7 +67,7 @@ class Recipe:
         if own is None or own.fits(param.shape[-1]):
             return own
         finer = replace(own, group=32)
-        return finer if own.mode == "affine" and finer.fits(param.shape[-1]) else None
+        return finer if own.is_affine and finer.fits(param.shape[-1]) else None
 
 
 def recipe(preset: Words, settings: Sequence[str], table: Sequence[Param], known: Sequence[str]) -> Recipe:
@@ -90,7 +90,7 @@ def recipe(preset: Words, settings: Sequence[str], table: Sequence[Param], known
         forms[name] = form = parse_form(word)
         if form is not None and form.mode not in known:
             raise ConfigError(f"{name}={word}: this target stores {', '.join(['bf16', *known])}")
-        is_router = name == "router" or (name in modules and modules[name].group == "router")
+        is_router = name == "router" or (name in modules and modules[name].wide)
         if form is not None and is_router and form.bits < 8:
             raise ConfigError(
                 f"{name}={word}: the router is never quantized below 8 bit, as a pick that changes changes a "

@@ -70,6 +70,14 @@ class Scale:
         return Scale(self.ops, self.softcap, self.unit[ids])
 
 
+def scale_of(ops: MlxOps, softcap: float, temperature: Array | float, rows: int) -> Scale:
+    """The scale of so many rows, each at its temperature [N], or all at one."""
+    unit = softcap / temperature
+    return Scale(
+        ops, softcap, mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Running:
     """What is known of the tokens so far, each [N, 1]; with d as `Scale.below` gives it, and e = exp(d)."""
@@ -104,7 +112,7 @@ def vocabulary(
     h: Array,
     table: Array | Quantized,
     softcap: float,
-    temperature: Array,
+    temperature: Array | float,
     uniforms: Array,
     step: Step,
 ) -> Prediction:
@@ -112,7 +120,7 @@ def vocabulary(
 
     Tiles are `ops.vocab_tile` tokens wide, and one follows another; `step` works up the logits of one.
     """
-    scale = Scale(ops, softcap, softcap / temperature)
+    scale = scale_of(ops, softcap, temperature, len(h))
     running, masses, soft = _read(ops, h, table, scale, step)
     return Prediction(*_said(ops, h, table, scale, uniforms, running, masses), soft)
 
@@ -122,7 +130,7 @@ def sparse_vocabulary(
     h: Array,
     table: Array | Quantized,
     softcap: float,
-    temperature: Array,
+    temperature: Array | float,
     uniforms: Array,
     step: Step,
     bound: float,
@@ -132,7 +140,7 @@ def sparse_vocabulary(
     Such a row is made of the `ops.soft_tokens` / 32 runs that have the most mass. The host reads which rows
     those are, and the others alone are multiplied with the table, for which their logits are made again.
     """
-    scale = Scale(ops, softcap, softcap / temperature)
+    scale = scale_of(ops, softcap, temperature, len(h))
     running, masses, _ = _read(ops, h, table, scale, step, product=False)
     said = _said(ops, h, table, scale, uniforms, running, masses)
     runs, missing = _best(scale, running.top, masses, max(1, ops.soft_tokens // RUN))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dgemma.engine.sampler import Noise, accept, row_ids
+from dgemma.engine.sampler import Noise, accept, row_ids, temperature
+from dgemma.settings import read_generation_config
 
 # ---- noise --------------------------------------------------------------------------------------
 
@@ -162,3 +163,14 @@ def test_accept_at_bound_zero() -> None:
     assert accept(np.array([[0.3, 0.0, 0.0]]), 0.0).tolist() == [[True, True, True]]
     assert accept(np.array([[0.3, 0.0, 0.4]]), 0.0).tolist() == [[True, True, False]]
     assert accept(np.array([[2.0]]), 0.0).tolist() == [[True]]
+
+
+def test_rows_at_canvases_and_steps_of_their_own() -> None:
+    """A row draws what it draws alone, wherever its neighbours are."""
+    uniforms, fresh = Noise(1, (5, 7, 5), (0, 3, 1), 1000).draw((4, 1, 4), 8)
+    for row, (id, canvas, step) in enumerate([(5, 0, 4), (7, 3, 1), (5, 1, 4)]):
+        alone = Noise(1, (id,), canvas, 1000).draw(step, 8)
+        assert np.array_equal(uniforms[row], alone[0][0]) and np.array_equal(fresh[row], alone[1][0])
+    config = read_generation_config(None, 1000)
+    heat = temperature(config, np.array([4, 1]))
+    assert heat.tolist() == [temperature(config, 4), temperature(config, 1)]

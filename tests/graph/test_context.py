@@ -13,8 +13,10 @@ import pytest
 
 from dgemma.errors import PromptError
 from dgemma.model import Model
+from dgemma.network import graph
 from dgemma.network.cache import Cache
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.ops.vocabulary import embed
 from dgemma.network.runner import Context
 from tests.compare import backends, close, make
 from tests.oracle import oracle, our_model, tokens
@@ -323,3 +325,14 @@ def test_more_tokens_than_positions() -> None:
         with pytest.raises(PromptError, match="40"):
             refused()
     model.encode([[1]], context.trim(1))
+
+
+def test_rows_in_place_of_tokens(model: Model) -> None:
+    """The encoder reads what stands for a token as it reads the token: that is where images will enter."""
+    ops, w = model.ops, model.weights
+    ids, offset = ops.asarray(np.asarray(tokens(4, 1, 20))), ops.asarray(np.zeros(1, np.int64))
+    rows = embed(ops, w.embed, ids) * w.embed_scale
+    found = [graph.encode(ops, model.config, w, x, offset, None, ragged=False) for x in (ids, rows)]
+    for kv, other in zip(*found, strict=True):
+        for x, y in zip(kv, other, strict=True):
+            np.testing.assert_array_equal(ops.to_numpy(x), ops.to_numpy(y))

@@ -57,12 +57,12 @@ BUGS = {
     ),
     "RoPE rotates every pair": Bug("np.where(pairs < layer.rope_pairs, frequencies, 0.0)", "frequencies"),
     "decoder's sliding layers see the whole cache": Bug(
-        "self._last(kv, layer.window - 1) if layer.window else kv",
-        "self._last(kv, layer.window - 1 + self.slack) if layer.window else kv",
+        "self._last(kv, layer.past)",
+        "self._last(kv, layer.past + self.slack if layer.window else None)",
     ),
     "decoder sees window, not window - 1": Bug(
-        "self._last(kv, layer.window - 1) if layer.window else kv",
-        "self._last(kv, layer.window) if layer.window else kv",
+        "self._last(kv, layer.past)",
+        "self._last(kv, layer.window)",
     ),
     "decoder's window is a band": Bug(
         "    return seen\n\n\ndef top_k(",

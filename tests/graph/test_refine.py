@@ -209,3 +209,23 @@ def test_stability_of_zero_is_a_setting() -> None:
         assert GENERATION.override(stability=0).stability == 0
     except ConfigError as error:
         pytest.fail(f"stability 0 is refused: {error}")
+
+
+def test_rows_have_temperatures_of_their_own(ops: Ops) -> None:
+    """A row in company is what it is alone, and a step is what is seen and what the sampler makes of it."""
+    model = our_model(ops, oracle("window"))
+    noise = sampler.Noise(3, (5, 6), (0, 2), model.config.vocab_size)
+    canvas, (uniforms, fresh) = noise.start(STEPS, 16), noise.draw((9, 2), 16)
+    heat, context = np.array([0.45, 0.8]), model.encode(PROMPT)
+    seen = model.see(context, canvas, None, heat, uniforms)
+    step = model.refine(context, canvas, None, heat, uniforms, fresh, entropy_bound=0.5)
+    made = sampler.refined(seen, fresh, 0.5)
+    for name in ("canvas", "argmax", "entropy", "accepted"):
+        np.testing.assert_array_equal(getattr(step, name), getattr(made, name), name)
+    for row in range(2):
+        at = slice(row, row + 1)
+        alone = model.see(model.encode(PROMPT[at]), canvas[at], None, float(heat[row]), uniforms[at])
+        np.testing.assert_array_equal(seen.argmax[at], alone.argmax)
+        np.testing.assert_array_equal(seen.sample[at], alone.sample)
+        close(seen.entropy[at], alone.entropy, 1e-5, f"row {row}: entropy")
+        close(ops.to_numpy(seen.soft)[at], ops.to_numpy(alone.soft), 1e-5, f"row {row}: soft")

@@ -127,8 +127,8 @@ def test_nan_in_padding_reaches_no_real_row(device: torch.device, splits: int, c
         k[b, :, :end], v[b, :, :end] = float("nan"), float("nan")
         v[b, :, : end // 2] = float("inf")
         q[b, :, : max(0, end - first)] = float("nan")
-    there = (x.to(device) for x in (q, k, v, torch.tensor(pad)))
-    ours = attention(*there, causal, 12, splits).double().cpu().numpy()
+    *there, at = (x.to(device) for x in (q, k, v, torch.tensor(pad)))
+    ours = attention(*there, Mask(at, causal, 12), splits).double().cpu().numpy()
     for b, end in enumerate(pad):
         real = slice(max(0, end - first), None)
         close(ours[b, :, real], clean[b, :, real], 1e-5, f"row {b}")

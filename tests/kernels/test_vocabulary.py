@@ -125,14 +125,25 @@ def test_splits_and_tiles_change_nothing(
     close(after.soft, before.soft, 1e-5, "soft embedding")
 
 
-def test_rows_in_blocks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_in_blocks(device: torch.device) -> None:
+    """The backend's blocks of rows, each with a plane of logits; every row has a temperature of its own."""
+    from dgemma_cuda.ops import CudaOps
+
     rng = np.random.default_rng(4)
     case = Case.exact(device, 4 * rng.standard_normal((7, 60)), rng.random(7))
-    whole = case.kernel()
-    monkeypatch.setattr(vocabulary, "ROWS", 3)
-    parts = case.kernel()
-    for name in NAMES:
-        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+    heat = rng.uniform(0.3, 0.9, 7)
+    alone = [
+        Case(case.h[row : row + 1], case.table, case.uniforms[row : row + 1]).kernel(t)
+        for row, t in enumerate(heat)
+    ]
+    ops = CudaOps(device, torch.bfloat16, kernels=True)
+    for rows in (3, 7, 512):
+        ops.vocab_rows = rows
+        at = torch.tensor(heat, dtype=torch.float32, device=device)
+        parts = on_host(ops.vocabulary(case.h, case.table, SOFTCAP, at, case.uniforms))
+        for name in NAMES:
+            whole = np.concatenate([getattr(one, name) for one in alone])
+            np.testing.assert_array_equal(getattr(parts, name), whole)
 
 
 @pytest.mark.parametrize(

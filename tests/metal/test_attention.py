@@ -125,7 +125,7 @@ def pieces_of(case: Case, n: int, at_once: int = 1) -> MlxOps:
 def check(run: Any, case: Case, dtype: mx.Dtype = F32, n: int = 1024, at_once: int = 1) -> np.ndarray:
     case = case.rounded(dtype)
     q, own, past, pad = case.arrays(dtype)
-    y = run(pieces_of(case, n, at_once), q, own, past, pad, False, 5)
+    y = run(pieces_of(case, n, at_once), q, own, past, Mask(pad, window=5))
     assert y.dtype == dtype and y.shape == q.shape
     # A rounded score moves its weight by the score's error, and the sum of weights by as much; then weights
     # are rounded, the sum over a piece, and the output.
@@ -225,8 +225,8 @@ def test_a_nan_query_stays_alone(run: Any, n: int) -> None:
 def test_a_causal_pass_is_the_composite(run: Any) -> None:
     case = Case.of(2, 4, 2, 7, 30, 16, pad=(3, 0))
     q, own, past, pad = case.arrays(F32)
-    expected = REFERENCE.attend(case.q, case.own, case.past, np.array(case.pad), True, 9)
-    close(host(run(backend(), q, own, past, pad, True, 9)), expected, 1e-5, "causal")
+    expected = REFERENCE.attend(case.q, case.own, case.past, Mask(np.array(case.pad), True, 9))
+    close(host(run(backend(), q, own, past, Mask(pad, True, 9))), expected, 1e-5, "causal")
 
 
 @both

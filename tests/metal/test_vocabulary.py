@@ -30,7 +30,13 @@ F32, BF16, F16 = mx.float32, mx.bfloat16, mx.float16
 STEP = {F32: EPS["float32"], BF16: EPS["bfloat16"], F16: 2.0**-10}
 NAMES = ("argmax", "sample", "entropy", "soft")
 SOFTCAP, TEMPERATURE = 30.0, 0.7
-SCALE = Scale(MlxOps(), SOFTCAP, SOFTCAP / TEMPERATURE)
+UNIT = SOFTCAP / TEMPERATURE
+
+
+def scale(rows: int) -> Scale:
+    return vocabulary.scale_of(MlxOps(), SOFTCAP, TEMPERATURE, rows)
+
+
 BELOW_ONE = np.float32(1 - 2.0**-24)
 
 both = pytest.mark.parametrize("step", [vocabulary.tile, vocabulary.tile_plain], ids=["kernel", "plain"])
@@ -61,13 +67,13 @@ def fields(tile: Tile) -> list[mx.array]:
 def check_tile(tile: Tile, t: np.ndarray, a: int, runs: int, dtype: mx.Dtype) -> None:
     """Assert what is known after t [N, a + W], of which the last W are the tile's; straight from all of t."""
     top = t.max(-1, keepdims=True)
-    d = SCALE.unit * (t - top)
+    d = UNIT * (t - top)
     e = np.exp(d)
     close(host(tile.running.top), top, 1e-6, "top")
     close(host(tile.running.mass), e.sum(-1, keepdims=True), 1e-5, "mass")
     close(host(tile.running.weighted), (e * d).sum(-1, keepdims=True), 1e-5, "weighted")
     np.testing.assert_array_equal(host(tile.running.argmax), t.argmax(-1)[:, None])
-    before = np.exp(SCALE.unit * (t[:, :a].max(-1, keepdims=True) - top)) if a else 0 * top
+    before = np.exp(UNIT * (t[:, :a].max(-1, keepdims=True) - top)) if a else 0 * top
     close(host(tile.fade)[:, 0] * (a > 0), before[:, 0], 1e-5, "fade")
     close(host(tile.p), e[:, a:], STEP[dtype] + 1e-5, "p")
     assert (host(tile.p)[e[:, a:] == 1] == 1).all()
@@ -83,9 +89,9 @@ def test_a_tile_after_another(W: int, dtype: mx.Dtype, step: vocabulary.Step) ->
     """A narrower second tile: runs behind its end are empty. 1,024 tokens are a round of the kernel."""
     runs, N = -(-W // 32), 3
     raw = raw_logits((N, W), 8, dtype), raw_logits((N, W // 2 + 1), 9, dtype)
-    first = step(Running.start(N), raw[0], SCALE, 0, runs, dtype)
+    first = step(Running.start(N), raw[0], scale(N), 0, runs, dtype)
     check_tile(first, bend(raw[0]), 0, runs, dtype)
-    second = step(first.running, raw[1], SCALE, W, runs, dtype)
+    second = step(first.running, raw[1], scale(N), W, runs, dtype)
     check_tile(second, np.concatenate([bend(raw[0]), bend(raw[1])], 1), W, runs, dtype)
     assert [x.dtype for x in fields(second)] == [F32] * 3 + [mx.int32, F32, dtype, F32]
 
@@ -93,7 +99,7 @@ def test_a_tile_after_another(W: int, dtype: mx.Dtype, step: vocabulary.Step) ->
 def test_kernel_and_twin_agree_on_a_row_of_equals() -> None:
     """Values at the cap: the ones that are not there behind the tile's end must not count."""
     raw, steps = mx.full((2, 45), -3e38), (vocabulary.tile, vocabulary.tile_plain)
-    ours, twin = (step(Running.start(2), raw, SCALE, 0, 2, F32) for step in steps)
+    ours, twin = (step(Running.start(2), raw, scale(2), 0, 2, F32) for step in steps)
     for a, b in zip(fields(ours), fields(twin), strict=True):
         np.testing.assert_array_equal(host(a), host(b))
     assert host(ours.masses)[:, 1:].tolist() == [[32, 13]] * 2 and host(ours.running.argmax).max() == 0
@@ -106,8 +112,8 @@ def test_the_argmax_is_the_first_of_equals(step: vocabulary.Step) -> None:
     raw = np.zeros((len(places), 1200), np.float32)
     for row, pair in zip(raw, places, strict=True):
         row[list(pair)] = 2.5
-    one = step(Running.start(len(raw)), mx.array(raw), SCALE, 0, 38, F32)
-    two = step(one.running, mx.array(raw), SCALE, 1200, 38, F32)
+    one = step(Running.start(len(raw)), mx.array(raw), scale(len(raw)), 0, 38, F32)
+    two = step(one.running, mx.array(raw), scale(len(raw)), 1200, 38, F32)
     for tile in (one, two):
         assert host(tile.running.argmax)[:, 0].tolist() == [pair[0] for pair in places]
 
@@ -115,7 +121,7 @@ def test_the_argmax_is_the_first_of_equals(step: vocabulary.Step) -> None:
 @both
 def test_infinite_logits_are_at_the_cap(step: vocabulary.Step) -> None:
     raw = mx.array([[np.inf, 3.0, -np.inf, np.inf], [-np.inf] * 4]).astype(F16)
-    tile = step(Running.start(2), raw, SCALE, 5, 1, F16)
+    tile = step(Running.start(2), raw, scale(2), 5, 1, F16)
     assert all(np.isfinite(host(x)).all() for x in fields(tile))
     assert host(tile.running.argmax)[:, 0].tolist() == [5, 5]
     np.testing.assert_allclose(host(tile.running.mass)[:, 0], [2, 4], rtol=1e-6)
@@ -123,8 +129,8 @@ def test_infinite_logits_are_at_the_cap(step: vocabulary.Step) -> None:
 
 def launch(dtype: mx.Dtype) -> Tile:
     """Two rows of a round and a bit, on what an earlier tile left."""
-    before = vocabulary.tile_plain(Running.start(2), raw_logits((2, 40), 3, dtype), SCALE, 0, 34, dtype)
-    return vocabulary.tile(before.running, raw_logits((2, 1061), 3, dtype), SCALE, 40, 34, dtype)
+    before = vocabulary.tile_plain(Running.start(2), raw_logits((2, 40), 3, dtype), scale(2), 0, 34, dtype)
+    return vocabulary.tile(before.running, raw_logits((2, 1061), 3, dtype), scale(2), 40, 34, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -149,7 +155,7 @@ def test_types(simulated: None, dtype: mx.Dtype) -> None:
     """Also of so few logits that MLX puts them into constant memory."""
     with simulator.recording() as calls:
         launch(dtype)
-        vocabulary.tile(Running.start(1), mx.zeros((1, 3), dtype), SCALE, 0, 1, dtype)
+        vocabulary.tile(Running.start(1), mx.zeros((1, 3), dtype), scale(1), 0, 1, dtype)
     for call in calls:
         assert simulator.typecheck(call) == []
 
@@ -298,7 +304,7 @@ def test_what_has_no_mass_is_not_chosen_for_a_sum_that_rises_by_itself(
     masses, honest = mx.array([[[0.5, 4.0, 0.0, 4.0]]]), mx.cumsum
     risen = mx.array([[0.0, 1e-6, 0.0]])
     monkeypatch.setattr(mx, "cumsum", lambda *args, **kwargs: honest(*args, **kwargs) + risen)
-    run, rest = vocabulary._run(SCALE, mx.array([[0.5]]), masses, mx.array([0.5]))
+    run, rest = vocabulary._run(scale(1), mx.array([[0.5]]), masses, mx.array([0.5]))
     assert run.item() == 2 and rest.item() == 0
     token = vocabulary._draw(mx.array([[7, 8, 9]]), masses[0, :, 1:], mx.array([[0.5]]), mx.array([[0]]))
     assert token.item() == 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,29 @@ def test_tiles_and_row_blocks_change_nothing(ops: Ops):
     assert np.array_equal(whole.sample, tiled.sample)
     close(tiled.entropy, whole.entropy, 1e-5, "entropy")
     close(tiled.soft, whole.soft, 1e-5 + rounding(ops), "soft embedding")
+
+
+@pytest.mark.parametrize("soft_bound", [0.0, 0.05])
+def test_each_row_has_a_temperature_of_its_own(ops: Ops, soft_bound: float):
+    """In any block of rows, with sparse rows among dense ones, a row is what it is alone."""
+    rng = np.random.default_rng(6)
+    ops.vocab_tile, ops.vocab_rows, ops.soft_tokens = 40, 5, 32
+    h, table, uniforms = rng.standard_normal((8, 16)), rng.standard_normal((90, 16)), rng.random(8)
+    heat = np.array([0.5, 0.6, 2.0, 0.8, 9.0, 0.6, 0.7, 1.0])
+    device, weights = ops.asarray(h), ops.asarray(table)
+
+    def said(rows: slice, temperature: Any) -> list[np.ndarray]:
+        found = ops.vocabulary(
+            device[rows], weights, SOFTCAP, temperature, ops.aswide(uniforms[rows]), soft_bound
+        )
+        return [ops.to_numpy(x) for x in (found.argmax, found.sample, found.entropy, found.soft)]
+
+    together = said(slice(None), ops.aswide(heat))
+    for row, t in enumerate(heat):
+        alone = said(slice(row, row + 1), t)
+        assert [x[row] for x in together[:2]] == [x[0] for x in alone[:2]], f"ids of row {row}"
+        for whole, one in zip(together[2:], alone[2:], strict=True):
+            close(whole[row : row + 1], one, 1e-5 + rounding(ops), f"row {row}")
 
 
 def test_argmax_takes_the_first_of_equals(ops: Ops):

@@ -120,15 +120,13 @@ class Checkpoint:
 
     def _leaf(self, ops: Ops, param: Param) -> Any:
         stored = self.read(param.name)
-        # The whole router stays in the wide type: its logits tie in bf16, and a tie flips a pick.
-        wide = param.group == "router"
         if isinstance(stored, Quantized):
             record = ops.upload(stored)
-            if wide:
+            if param.wide:
                 return dequantize(ops, record)
             # Rows of the embedding are looked up, too, and stay as they are.
             return record if param.group == "embed" else ops.arrange(record, str(param.path[-1]))
-        return ops.load(stored, wide=wide)
+        return ops.load(stored, wide=param.wide)
 
     def _place(self, param: Param) -> tuple[str, int]:
         entry = self.entries[self.sources[param.name].pieces[0].name]

@@ -19,9 +19,9 @@ def quantize(x: np.ndarray, form: Form) -> Quantized:
     `fold` takes it away for MLX. FP8 gets a factor a row, its largest magnitude / 448.
     """
     assert form.fits(x.shape[-1]), (x.shape, form)
-    if form.mode == "affine":
+    if form.is_affine:
         return Quantized(form, *_in_blocks(lambda rows: _affine(rows, form), x))
-    if form.mode == "fp8":
+    if form.scales_rows:
         factor = _positive(np.abs(x).max(-1) / np.float32(nvfp4.E4M3_MAX))
         (codes,) = _in_blocks(lambda rows, f: (nvfp4.encode_e4m3(rows / f[:, None]),), x, factor)
         return Quantized(form, codes, factor=factor)
@@ -59,14 +59,14 @@ def _in_blocks(encode: Callable[..., tuple[np.ndarray, ...]], x: np.ndarray, *mo
 def _blocks(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
     groups = x.reshape(len(x), -1, form.group)
     peak = np.abs(groups).max(-1)
-    if form.mode == "nvfp4":
+    small = form.code_type == "E2M1"
+    if form.scale_type == "E4M3":
         scales = nvfp4.encode_e4m3(peak / np.float32(nvfp4.E2M1_MAX))
         scales = np.maximum(scales, 1)  # never zero, which `verify` takes for damage
-        encode, table = nvfp4.encode_e2m1, nvfp4.E4M3
     else:
-        wide = form.mode == "mxfp8"
-        scales = nvfp4.encode_e8m0(peak / np.float32(nvfp4.E4M3_MAX if wide else MXFP4_PEAK))
-        encode, table = (nvfp4.encode_e4m3 if wide else nvfp4.encode_e2m1), nvfp4.E8M0
+        scales = nvfp4.encode_e8m0(peak / np.float32(MXFP4_PEAK if small else nvfp4.E4M3_MAX))
+    encode = nvfp4.encode_e2m1 if small else nvfp4.encode_e4m3
+    table = nvfp4.TABLES[str(form.scale_type)]
     codes = encode(groups / table[scales][..., None]).reshape(x.shape)
     return nvfp4.pack(codes, form.bits), scales
 

@@ -35,6 +35,7 @@ def _e8m0_table() -> np.ndarray:
 E2M1 = np.array([*_E2M1_MAGNITUDES, *(-x for x in _E2M1_MAGNITUDES)], np.float32)
 E4M3 = _e4m3_table()
 E8M0 = _e8m0_table()
+TABLES = {"E2M1": E2M1, "E4M3": E4M3, "E8M0": E8M0}
 
 
 def encode_e2m1(x: np.ndarray) -> np.ndarray:

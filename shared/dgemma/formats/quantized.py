@@ -19,20 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from dgemma.errors import ConfigError
-from dgemma.formats import nvfp4
 
 Array = Any
 
-# Code and scale tables by mode; None: codes count from 0 (affine), scales are floats or there are none.
-TABLES: dict[str, tuple[np.ndarray | None, np.ndarray | None]] = {
+# Number types of codes and of scales by mode. None: codes count from 0 (affine), scales are floats or there
+# are none.
+MODES: dict[str, tuple[str | None, str | None]] = {
     "affine": (None, None),
-    "mxfp4": (nvfp4.E2M1, nvfp4.E8M0),
-    "mxfp8": (nvfp4.E4M3, nvfp4.E8M0),
-    "nvfp4": (nvfp4.E2M1, nvfp4.E4M3),
-    "fp8": (nvfp4.E4M3, None),
+    "mxfp4": ("E2M1", "E8M0"),
+    "mxfp8": ("E4M3", "E8M0"),
+    "nvfp4": ("E2M1", "E4M3"),
+    "fp8": ("E4M3", None),
 }
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
@@ -46,12 +44,27 @@ class Form:
     group: int
 
     def __str__(self) -> str:
-        return f"{self.bits}bit-g{self.group}" if self.mode == "affine" else self.mode
+        return f"{self.bits}bit-g{self.group}" if self.is_affine else self.mode
 
-    def bits_per_weight(self, inputs: int) -> float:
-        """Stored bits a weight in a row of `inputs`, scales and factors a row included."""
-        scale = {"affine": 32, "fp8": 0}.get(self.mode, 8)
-        return self.bits + (scale / self.group if scale else 32 / inputs)
+    @property
+    def code_type(self) -> str | None:
+        """The number type of a code, "E2M1" or "E4M3"; None where codes count from 0."""
+        return MODES[self.mode][0]
+
+    @property
+    def scale_type(self) -> str | None:
+        """The number type of a group's scale, "E4M3" or "E8M0"; None for floats, or where there is none."""
+        return MODES[self.mode][1]
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether a group has a scale and a bias, both floats, and codes count from 0."""
+        return self.code_type is None
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether a row has one scale, the factor, and no group has any."""
+        return self.group == 0
 
     def fits(self, inputs: int) -> bool:
         """Whether rows of `inputs` divide into whole groups and whole 32-bit words."""

@@ -53,7 +53,7 @@ class Cache:
     def read(self) -> list[KV]:
         """What a pass may see: everything on full layers, the last window − 1 slots on sliding ones."""
         return [
-            self._last(kv, layer.window - 1) if layer.window else kv
+            self._last(kv, layer.past)
             for kv, layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
         ]
 
@@ -80,9 +80,9 @@ class Cache:
     def _spare(self) -> list[int]:
         """Slots beyond the window that each sliding layer which dropped some still holds."""
         return [
-            k.shape[2] - (layer.window - 1)
+            k.shape[2] - layer.past
             for (k, _), layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
-            if layer.window and k.shape[2] < self.length
+            if layer.past is not None and k.shape[2] < self.length
         ]
 
     def merge(self, others: Sequence[Cache]) -> Cache:
@@ -105,8 +105,8 @@ class Cache:
         return other
 
     def _kept(self, index: int) -> int | None:
-        window = self.config.layers[index].window
-        return None if window is None else window - 1 + self.slack
+        past = self.config.layers[index].past
+        return None if past is None else past + self.slack
 
     def _last(self, kv: KV, count: int | None) -> KV:
         k, v = kv

@@ -38,6 +38,11 @@ class LayerConfig:
     rope_factor: float
     shares_kv: bool
 
+    @property
+    def past(self) -> int | None:
+        """Cached slots that a pass may see: window − 1, as the query itself counts; None for all."""
+        return None if self.window is None else self.window - 1
+
 
 @dataclass(frozen=True)
 class VisionConfig:

@@ -39,6 +39,11 @@ class Param:
     path: tuple[str | int, ...] = ()
 
     @property
+    def wide(self) -> bool:
+        """Whether it is held wide. The router's logits tie in bfloat16, and a tie flips a pick."""
+        return self.group == "router"
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return prod(self.shape)

@@ -70,15 +70,15 @@ def weight_bytes(config: Config, form: Format, stored: Mapping[str, Form | None]
 
 
 def _loaded_bytes(param: Param, form: Format, quantized: Form | None) -> int:
-    if param.group == "router":
+    if param.wide:
         return param.size * form.wide
     if quantized is None:
         return param.size * form.compute
     rows, inputs = param.size // param.shape[-1], param.shape[-1]
     groups = rows * (inputs // quantized.group) if quantized.group else 0
     # Affine scales and biases are held in the compute type, codes of scales in a byte.
-    scales = groups * (2 * form.compute if quantized.mode == "affine" else 1)
-    factors = rows * form.wide if quantized.mode == "fp8" else 0
+    scales = groups * (2 * form.compute if quantized.is_affine else 1)
+    factors = rows * form.wide if quantized.scales_rows else 0
     return param.size * quantized.bits // 8 + scales + factors
 
 
@@ -95,7 +95,7 @@ def kv_bytes(config: Config, form: Format, tokens: int) -> int:
     """
     return sum(
         kv_slot_bytes(layer, form)
-        * (min(tokens, layer.window - 1 + config.canvas_length) if layer.window else tokens)
+        * (tokens if layer.past is None else min(tokens, layer.past + config.canvas_length))
         for layer in config.layers
     )
 
@@ -125,9 +125,9 @@ def memory(
         "kv_per_1k_tokens_full": 1024
         * sum(kv_slot_bytes(layer, form) for layer in config.layers if not layer.window),
         "kv_sliding_at_most": sum(
-            kv_slot_bytes(layer, form) * (layer.window - 1 + config.canvas_length)
+            kv_slot_bytes(layer, form) * (layer.past + config.canvas_length)
             for layer in config.layers
-            if layer.window
+            if layer.past is not None
         ),
         "kv": kv,
         "total": {tokens: weights + plane + kv[tokens] for tokens in contexts},

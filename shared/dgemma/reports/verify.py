@@ -101,18 +101,18 @@ def _subject(entry: Entry, piece: Piece | None, form: Form | None, codes: Entry 
     Scales of affine groups have either sign, but MLX writes none below 1e-7 in size: zero is damage there.
     """
     dtype, kinds = entry.dtype, ["non-finite"]
-    role, mode = piece and piece.role, form and form.mode
-    if role == "scales" and mode != "affine":
-        dtype = "F8_E4M3" if mode == "nvfp4" else "F8_E8M0"
-    elif role == "codes" and mode in ("mxfp8", "fp8"):
-        dtype = "F8_E4M3"
-    if role == "factor" or (role == "scales" and mode == "nvfp4"):
+    role = piece and piece.role
+    stored = {"scales": form and form.scale_type, "codes": form and form.code_type}.get(role or "")
+    if stored:
+        dtype = f"F8_{stored}"
+    small = role == "scales" and stored == "E4M3"  # NVFP4's: the other scales have no sign, or no zero
+    if role == "factor" or small:
         kinds += ["zero", "negative"]
-    elif role == "scales" and mode == "affine":
+    elif role == "scales" and form and form.is_affine:
         kinds += ["zero"]
-    if dtype not in BITS:
+    if dtype not in BITS:  # every 4-bit code is a number
         return None
-    return Subject(entry, dtype, tuple(kinds), codes if role == "scales" and mode == "nvfp4" else None)
+    return Subject(entry, dtype, tuple(kinds), codes if small else None)
 
 
 def _scan(subject: Subject) -> list[Finding]:

@@ -75,9 +75,9 @@ class MlxLayout(Layout):
         *rows, inputs = param.shape
         yield Piece(f"{path}.weight", "codes", ("U32",), ((*rows, inputs * form.bits // 32),))
         scales = (*rows, inputs // form.group)
-        types = FLOATS if form.mode == "affine" else ("U8",)
+        types = FLOATS if form.is_affine else ("U8",)
         yield Piece(f"{path}.scales", "scales", types, (scales,))
-        if form.mode == "affine":
+        if form.is_affine:
             yield Piece(f"{path}.biases", "biases", types, (scales,))
         if form.mode == "nvfp4" and f"{path}.{FACTOR}" in self.names:
             whole = (*param.shape[:-2], 1)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.formats.quantized import TABLES, Quantized
+from dgemma.formats.nvfp4 import TABLES
+from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
 from dgemma.network.ops.arrays import Array
 from dgemma.network.ops.runtime import Runtime
@@ -81,12 +82,12 @@ def dequantize(ops: Decoding, w: Quantized) -> Array:
 
     Exact on NumPy: that is the definition of each format (`dgemma.formats.quantized`, checkpoints.md).
     """
-    code_table, scale_table = TABLES[w.form.mode]
     y = unpack(ops, w.codes, w.form.bits)
-    y = ops.to_wide(y) if code_table is None else ops.take(ops.constant(code_table), y)
+    y = ops.to_wide(y) if w.form.is_affine else ops.take(ops.constant(TABLES[w.form.code_type or ""]), y)
     if w.scales is not None:
         s = w.scales
-        s = ops.to_wide(s) if scale_table is None else ops.take(ops.constant(scale_table), ops.integer(s))
+        kind = w.form.scale_type
+        s = ops.to_wide(s) if kind is None else ops.take(ops.constant(TABLES[kind]), ops.integer(s))
         grouped = y.reshape(*s.shape, w.form.group) * s[..., None]
         if w.biases is not None:
             grouped = grouped + ops.to_wide(w.biases)[..., None]
