@@ -322,6 +322,23 @@ def test_mlx_refuses_float16():
         MlxOps(mx.float16)
 
 
+def test_mlx_does_as_suits_its_device(monkeypatch: pytest.MonkeyPatch):
+    """Default format and sizes follow the device, unless a caller knows better."""
+    mx = pytest.importorskip("mlx.core")
+    from dgemma_mlx import ops as module
+
+    sizes = {}
+    for kind, dtype in ((mx.cpu, mx.float32), (mx.gpu, mx.bfloat16)):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        ops, on_gpu = module.make(), kind == mx.gpu
+        assert (ops.on_gpu, ops.dtype) == (on_gpu, dtype)
+        sizes[on_gpu] = ops.vocab_tile, ops.score_bytes
+    assert sizes[False] < sizes[True]
+    for on_gpu in (False, True):
+        ops = module.MlxOps(on_gpu=on_gpu)
+        assert (ops.on_gpu, ops.vocab_tile, ops.score_bytes) == (on_gpu, *sizes[on_gpu])
+
+
 def test_mlx_never_has_all_scores_at_once():
     """Up to ten operations are in flight, each with a sixteenth of them; unchained it is all."""
     mx = pytest.importorskip("mlx.core")
