@@ -247,6 +247,32 @@ def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
     assert np.isfinite(run[1]).all()
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("pad", [None, (0, 19)], ids=["", "ragged"])
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_canvas_over_its_past(
+    ops: Ops,
+    rng: np.random.Generator,
+    heads: tuple[int, int],
+    pad: tuple[int, ...] | None,
+    slots: int | None,
+):
+    """`attend`; MLX weighs so many slots of the past at once at most, here all 30 or eight, and merges."""
+    (H, G), L, P = heads, 5, 30
+    if slots is not None and hasattr(ops, "score_bytes"):
+        ops.score_bytes = 4 * 2 * H * L * slots
+    shapes = ((H, L), (G, L), (G, L), (G, P), (G, P))
+    (q, k, v, *past), exact = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
+    hidden = None if pad is None else np.array(pad)
+    y = ops.attend(q, (k, v), tuple(past), None if pad is None else ops.asarray(hidden), False, None)
+    assert y.dtype == q.dtype
+    expected = REFERENCE.attend(exact[0], exact[1:3], exact[3:], hidden, False, None)
+    # As in `test_attention`; the sums over the past and over the canvas are rounded apart.
+    keys = np.repeat(np.concatenate([exact[3], exact[1]], 2), H // G, 1)
+    scores = np.abs(exact[0] @ keys.swapaxes(2, 3)).max()
+    close(ops.to_numpy(y), expected, tolerance(ops, 3 + 2 * scores), f"canvas, {slots} slots at once")
+
+
 # ---- experts ------------------------------------------------------------------------------------
 
 
