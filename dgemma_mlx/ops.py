@@ -56,15 +56,19 @@ class MlxOps(Ops):
         dtype: mx.Dtype = mx.float32,
         kernels: frozenset[str] | None = None,
         notices: Notices | None = None,
+        on_gpu: bool | None = None,
     ):
-        """`kernels` are the names in `verdict.KERNELS` that run; by default those proven on this machine."""
+        """`kernels` are the names in `verdict.KERNELS` that run; by default those proven on this machine.
+
+        `on_gpu`: whether all is done as suits a GPU, by default where MLX has one. A CPU can do it, too.
+        """
         if dtype not in (mx.float32, mx.bfloat16):
             kind = str(dtype).removeprefix("mlx.core.")
             raise BackendError(f"MLX runs in bfloat16 or float32, not {kind}: float16 overflows")
         super().__init__(notices)
         self.dtype, self._kernels = dtype, kernels
         self.dtype_name = str(dtype).removeprefix("mlx.core.")
-        self.on_gpu = mx.default_device().type == mx.gpu
+        self.on_gpu = mx.default_device().type == mx.gpu if on_gpu is None else on_gpu
         if not self.on_gpu:  # up to ten operations are in flight there, each with its array; smaller ones
             self.vocab_tile, self.score_bytes = 2048, 2 << 20  # stay in its caches, too
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+import dgemma
 from dgemma.backends import make_ops
+from dgemma.model import Model
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Array, Notices, Ops
 
 # Distance from 1 to the next number: rounding a value moves it by half of this at most, relatively.
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7}
 REFERENCE = NumpyOps()
+AS_ON_GPU = "mlx-as-on-gpu"  # see tests/as_on_gpu.py
 
 
 def close(actual: Any, expected: Any, rtol: float, what: str, rms: float = np.inf) -> None:
@@ -39,7 +43,8 @@ def close(actual: Any, expected: Any, rtol: float, what: str, rms: float = np.in
 def backends(*dtypes: str, reference: bool = False) -> list[Any]:
     """Parameters (backend, dtype) for every `Ops` class of the packages beside this folder.
 
-    A backend whose framework is missing is a skip that says so. `reference` adds NumPy itself.
+    A backend whose framework is missing is a skip that says so. `reference` adds NumPy itself. Where MLX has
+    no GPU, what it does on one is an entry of its own, `AS_ON_GPU`.
     """
     missing = []
     for path in sorted(Path(__file__).parent.parent.glob("dgemma_*/ops.py")):
@@ -53,7 +58,10 @@ def backends(*dtypes: str, reference: bool = False) -> list[Any]:
                 pytest.param((path.parent.name, ""), marks=pytest.mark.skip(reason), id=path.parent.name)
             )
     found = [cls for cls in Ops.__subclasses__() if cls.__module__.startswith("dgemma_")]
-    names = [(cls.name, dtype) for cls in found for dtype in dtypes]
+    kinds = [cls.name for cls in found]
+    if any(cls.name == "mlx" and not cls().on_gpu for cls in found):  # type: ignore[attr-defined]
+        kinds.append(AS_ON_GPU)
+    names = [(kind, dtype) for kind in kinds for dtype in dtypes]
     names += [("numpy", "float64")] if reference else []
     return [pytest.param(name, id="-".join(name)) for name in names] + missing
 
@@ -61,6 +69,10 @@ def backends(*dtypes: str, reference: bool = False) -> list[Any]:
 def make(backend: tuple[str, str]) -> Ops:
     """The `Ops` of a parameter of `backends`."""
     name, dtype = backend
+    if name == AS_ON_GPU:
+        from tests.as_on_gpu import AsOnGpu
+
+        return AsOnGpu(dtype)
     return NumpyOps() if name == "numpy" else make_ops(name, dtype)
 
 
@@ -72,6 +84,17 @@ class Heard(Notices):
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+
+def load(backend: tuple[str, str], folder: Path | None = None) -> Model:
+    """`dgemma.load` on the backend of a parameter of `backends`."""
+    name, dtype = backend
+    if name == AS_ON_GPU:
+        from tests.as_on_gpu import AsOnGpu
+
+        with mock.patch("dgemma_mlx.ops.make", lambda dtype, *_: AsOnGpu(dtype)):
+            return dgemma.load(folder, "mlx", dtype)
+    return dgemma.load(folder, name, None if name == "numpy" else dtype)
 
 
 def pair(ops: Ops, *arrays: np.ndarray) -> tuple[list[Array], list[Array]]:

@@ -8,6 +8,7 @@ import dgemma
 from benchmarks.tiny import evaluate, tasks
 from dgemma.engine.events import Done
 from dgemma.tiny import MODEL_DIR
+from tests.compare import AS_ON_GPU, backends, load
 
 pytestmark = pytest.mark.skipif(not MODEL_DIR.exists(), reason="the embedded checkpoint is not there")
 
@@ -35,10 +36,11 @@ def reference() -> list[Done]:
     return replies(model("numpy"), questions(PER_TASK), batch=20)
 
 
-@pytest.mark.parametrize("backend", list(FRAMEWORKS))
-def test_same_seed_same_text_on_every_backend(backend: str, reference: list[Done]) -> None:
-    ours = replies(model(backend), questions(PER_TASK), batch=20)
-    same = [a.text == b.text and a.thinking == b.thinking for a, b in zip(ours, reference, strict=True)]
+@pytest.mark.parametrize("backend", backends("float32"))
+def test_same_seed_same_text_on_every_backend(backend: tuple[str, str], reference: list[Done]) -> None:
+    some = slice(None, None, 5 if backend[0] == AS_ON_GPU else 1)
+    ours = replies(load(backend), questions(PER_TASK)[some], batch=20)
+    same = [a.text == b.text and a.thinking == b.thinking for a, b in zip(ours, reference[some], strict=True)]
     assert sum(same) >= AGREE * len(same), f"{len(same) - sum(same)} of {len(same)} differ"
 
 

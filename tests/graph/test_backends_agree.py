@@ -18,7 +18,7 @@ from dgemma.network.config import FULL, SLIDING, Config, LayerConfig
 from dgemma.network.ops import KV, Array, Ops
 from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
-from tests.compare import REFERENCE, backends, close, make
+from tests.compare import AS_ON_GPU, REFERENCE, backends, close, make
 
 WINDOW, PROMPT, CANVAS, BATCH = 8, 30, 12, 2
 # Maximum and RMS error, of the largest logit. float32: sums of some hundred terms, four layers. bfloat16:
@@ -150,13 +150,15 @@ def test_a_padded_row_is_the_row_alone():
     close(together.logits(REFERENCE, True)[1], z[0], 1e-12, "padded row")
 
 
-def test_a_traced_step_equals_the_plain_one(tmp_path: Path):
+@pytest.mark.parametrize("name", ["mlx", AS_ON_GPU])
+def test_a_traced_step_equals_the_plain_one(tmp_path: Path, name: str):
     """MLX can trace the whole step, as `mx.compile` does: nothing in it evaluates or reads an array.
 
-    It is exported and run as recorded, because compiling on a CPU takes half a minute of g++.
+    It is exported and run as recorded, because compiling on a CPU takes half a minute of g++; of a small
+    model it is done in tests/graph/test_compiled.py.
     """
     mx = pytest.importorskip("mlx.core")
-    ops = make(("mlx", "float32"))
+    ops = make((name, "float32"))
     ops.vocab_tile, ops.vocab_rows, ops.score_bytes = 40, 20, 1 << 12  # type: ignore[attr-defined]
     runner = Runner(config(), (0, 7))
     w = place(ops, runner.config)

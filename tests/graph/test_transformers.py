@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-import dgemma
 from dgemma.model import Model
 from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Ops
-from tests.compare import backends, close, make
+from tests.compare import backends, close, load, make
 from tests.oracle import (
     CONFIGS,
     TOLERANCE,
@@ -171,11 +170,12 @@ def test_spelling_of_the_released_file() -> None:
     same(model, source, [tokens(0, 1, PROMPT)], "released spelling")
 
 
-def test_saved_folder(ops: Ops, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", backends("float32", reference=True))
+def test_saved_folder(backend: tuple[str, str], tmp_path: Path) -> None:
     """`dgemma.load` on what `save_pretrained` writes, biases of the encoder's own included."""
     source = oracle("bias")
     source.save(tmp_path)
-    model = dgemma.load(tmp_path, ops.name, None if ops.name == "numpy" else "float32")
+    model = load(backend, tmp_path)
     assert model.config == source.config
     same(model, source, [tokens(0, 1, PROMPT)], "saved folder")
 

@@ -251,6 +251,32 @@ def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
     assert np.isfinite(run[1]).all()
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("pad", [None, (0, 19)], ids=["", "ragged"])
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_canvas_over_its_past(
+    ops: Ops,
+    rng: np.random.Generator,
+    heads: tuple[int, int],
+    pad: tuple[int, ...] | None,
+    slots: int | None,
+):
+    """`attend`; MLX weighs so many slots of the past at once at most, here all 30 or eight, and merges."""
+    (H, G), L, P = heads, 5, 30
+    if slots is not None and hasattr(ops, "score_bytes"):
+        ops.score_bytes = 4 * 2 * H * L * slots
+    shapes = ((H, L), (G, L), (G, L), (G, P), (G, P))
+    (q, k, v, *past), exact = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
+    hidden = None if pad is None else np.array(pad)
+    y = ops.attend(q, (k, v), tuple(past), Mask(None if pad is None else ops.asarray(hidden)))
+    assert y.dtype == q.dtype
+    expected = REFERENCE.attend(exact[0], exact[1:3], exact[3:], Mask(hidden))
+    # As in `test_attention`; the sums over the past and over the canvas are rounded apart.
+    keys = np.repeat(np.concatenate([exact[3], exact[1]], 2), H // G, 1)
+    scores = np.abs(exact[0] @ keys.swapaxes(2, 3)).max()
+    close(ops.to_numpy(y), expected, tolerance(ops, 3 + 2 * scores), f"canvas, {slots} slots at once")
+
+
 # ---- experts ------------------------------------------------------------------------------------
 
 
@@ -324,6 +350,23 @@ def test_mlx_refuses_float16():
 
     with pytest.raises(BackendError, match="not float16"):
         MlxOps(mx.float16)
+
+
+def test_mlx_does_as_suits_its_device(monkeypatch: pytest.MonkeyPatch):
+    """Default format and sizes follow the device, unless a caller knows better."""
+    mx = pytest.importorskip("mlx.core")
+    from dgemma_mlx import ops as module
+
+    sizes = {}
+    for kind, dtype in ((mx.cpu, mx.float32), (mx.gpu, mx.bfloat16)):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        ops, on_gpu = module.make(), kind == mx.gpu
+        assert (ops.on_gpu, ops.dtype) == (on_gpu, dtype)
+        sizes[on_gpu] = ops.vocab_tile, ops.score_bytes
+    assert sizes[False] < sizes[True]
+    for on_gpu in (False, True):
+        ops = module.MlxOps(on_gpu=on_gpu)
+        assert (ops.on_gpu, ops.vocab_tile, ops.score_bytes) == (on_gpu, *sizes[on_gpu])
 
 
 def test_mlx_never_has_all_scores_at_once():
