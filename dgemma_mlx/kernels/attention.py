@@ -21,17 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from dgemma.network.ops import KV, Array, Mask, Ops
 from dgemma.network.ops.layers import visible
+from dgemma_mlx.arrays import MlxArrays
 
 from .launch import Kernel, simd_groups
-
-if TYPE_CHECKING:
-    from dgemma_mlx.ops import MlxOps
 
 # Slots of a piece at most: a thread of the kernel holds 33 scores then, own canvas included.
 SLOTS = 8192
@@ -52,12 +49,12 @@ class Path:
 
     at_once: int  # bytes of scores up to which several pieces are weighed at once
     # (ops, q [B, G, 1, R, C], N pieces [B, G, N, n, C], and with one the canvas's own; pad, first slot)
-    weigh: Callable[[MlxOps, Array, Sequence[KV], Array | None, int], Weighed]
+    weigh: Callable[[MlxArrays, Array, Sequence[KV], Array | None, int], Weighed]
     # (ops, one piece for all before, the next ones) -> one piece
-    merge: Callable[[MlxOps, Weighed | None, Weighed], Weighed]
+    merge: Callable[[MlxArrays, Weighed | None, Weighed], Weighed]
 
 
-def attend(ops: MlxOps, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
+def attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
     """`Ops.attend` of q [B, H, L, C] over `past` [B, G, P, C] and its own L slots.
 
     A canvas, which is not `causal`, sees all of the past that it is given; its queries are never padding, so
@@ -68,14 +65,14 @@ def attend(ops: MlxOps, q: Array, own: KV, past: KV | None, mask: Mask) -> Array
     return _attend(ops, q, own, past, mask.pad, Path(ops.scores_at_once, weighed, merged))
 
 
-def attend_plain(ops: MlxOps, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
+def attend_plain(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
     """`attend` without a kernel."""
     if mask.causal:
         return Ops.attend(ops, q, own, past, mask)
     return _attend(ops, q, own, past, mask.pad, Path(0, weighed_plain, merged_plain))
 
 
-def _attend(ops: MlxOps, q: Array, own: KV, past: KV | None, pad: Array | None, path: Path) -> Array:
+def _attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, pad: Array | None, path: Path) -> Array:
     B, H, L, C = q.shape
     rows = q.reshape(B, own[0].shape[1], 1, -1, C)  # [B, G, 1, R, C]
     size = slots(B * H * L, ops.score_bytes)
@@ -139,7 +136,7 @@ def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
 # ---- weighing a group ----------------------------------------------------------------------------------
 
 
-def weighed(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
+def weighed(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
     """Scores of each piece, `softmax` over them, and the sum of values so weighted."""
     weights, log_mass = softmax(_scores(q, pieces), pad, start)
     return Weighed(_sum(weights, pieces), log_mass)
@@ -175,7 +172,7 @@ def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[lis
     return weights[: len(scores)], log_mass
 
 
-def weighed_plain(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
+def weighed_plain(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
     """`weighed` without a kernel."""
     scores = _scores(q, pieces)
     if not ops.on_gpu:
@@ -184,7 +181,7 @@ def weighed_plain(ops: MlxOps, q: Array, pieces: Sequence[KV], pad: Array | None
     return Weighed(_sum(weights, pieces), log_mass)
 
 
-def _weighed_on_cpu(ops: MlxOps, scores: Sequence[Array], pieces: Sequence[KV]) -> Weighed:
+def _weighed_on_cpu(ops: MlxArrays, scores: Sequence[Array], pieces: Sequence[KV]) -> Weighed:
     """A CPU's products would copy the parts of joined weights, so scores are not joined here.
 
     Exponentials are what is slow, so there is one for each score, and the mass divides the sum of values.
@@ -197,7 +194,7 @@ def _weighed_on_cpu(ops: MlxOps, scores: Sequence[Array], pieces: Sequence[KV]) 
 
 
 def softmax_plain(
-    ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int
+    ops: MlxArrays, scores: Sequence[Array], pad: Array | None, start: int
 ) -> tuple[list[Array], Array]:
     """`softmax` without a kernel; a row of which nothing is left has the log of the least number instead.
 
@@ -209,7 +206,7 @@ def softmax_plain(
     return [p[..., :n], p[..., n:]][: len(scores)], mx.logsumexp(ops.to_wide(x), -1, keepdims=True)
 
 
-def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int) -> list[Array]:
+def _masked(ops: MlxArrays, scores: Sequence[Array], pad: Array | None, start: int) -> list[Array]:
     """`scores`, of which those of slots before `pad` are the least number there is."""
     first, *rest = scores
     if pad is None:
@@ -225,7 +222,7 @@ def _masked(ops: MlxOps, scores: Sequence[Array], pad: Array | None, start: int)
 # ---- merging groups ------------------------------------------------------------------------------------
 
 
-def merged(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
+def merged(ops: MlxArrays, total: Weighed | None, new: Weighed) -> Weighed:
     """One piece for all before and the N new ones, y in float32; a single piece as it is. One launch."""
     B, G, N, R, C = new.y.shape
     if total is None and N == 1:
@@ -246,7 +243,7 @@ def merged(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
     )
 
 
-def merged_plain(ops: MlxOps, total: Weighed | None, new: Weighed) -> Weighed:
+def merged_plain(ops: MlxArrays, total: Weighed | None, new: Weighed) -> Weighed:
     """`merged` without a kernel."""
     each = [Weighed(new.y[:, :, i : i + 1], new.log_mass[:, :, i : i + 1]) for i in range(new.y.shape[2])]
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -33,11 +32,9 @@ import numpy as np
 from dgemma.formats.quantized import Quantized
 from dgemma.network.ops import Array
 from dgemma.network.ops.vocabulary import TRACE, Prediction, soft_cap
+from dgemma_mlx.arrays import MlxArrays
 
 from .launch import Kernel
-
-if TYPE_CHECKING:
-    from dgemma_mlx.ops import MlxOps
 
 RUN = 32  # tokens of a run
 THREADS, READS = 256, 4  # threads of a row; adjacent tokens that each of them takes at a time
@@ -53,7 +50,7 @@ class Scale:
     not be where a compiler fuses product and difference. So no entropy is negative.
     """
 
-    ops: MlxOps
+    ops: MlxArrays
     softcap: float
     unit: Array  # float32 [N]
 
@@ -70,7 +67,7 @@ class Scale:
         return Scale(self.ops, self.softcap, self.unit[ids])
 
 
-def scale_of(ops: MlxOps, softcap: float, temperature: Array | float, rows: int) -> Scale:
+def scale_of(ops: MlxArrays, softcap: float, temperature: Array | float, rows: int) -> Scale:
     """The scale of so many rows, each at its temperature [N], or all at one."""
     unit = softcap / temperature
     return Scale(
@@ -108,7 +105,7 @@ Step = Callable[[Running, Array, Scale, int, int, mx.Dtype], Tile]
 
 
 def vocabulary(
-    ops: MlxOps,
+    ops: MlxArrays,
     h: Array,
     table: Array | Quantized,
     softcap: float,
@@ -126,7 +123,7 @@ def vocabulary(
 
 
 def sparse_vocabulary(
-    ops: MlxOps,
+    ops: MlxArrays,
     h: Array,
     table: Array | Quantized,
     softcap: float,
@@ -161,7 +158,7 @@ def sparse_vocabulary(
 
 
 def _read(
-    ops: MlxOps, h: Array, table: Array | Quantized, scale: Scale, step: Step, product: bool = True
+    ops: MlxArrays, h: Array, table: Array | Quantized, scale: Scale, step: Step, product: bool = True
 ) -> tuple[Running, Array, Array]:
     """The table, tile by tile: what is known of all its tokens, masses [N, T, 1 + R], soft embedding [N, D].
 
@@ -185,7 +182,7 @@ def _read(
 
 
 def _said(
-    ops: MlxOps,
+    ops: MlxArrays,
     h: Array,
     table: Array | Quantized,
     scale: Scale,
@@ -204,7 +201,7 @@ def _said(
 
 
 def vocabulary_plain(
-    ops: MlxOps,
+    ops: MlxArrays,
     h: Array,
     table: Array | Quantized,
     softcap: float,
@@ -263,7 +260,7 @@ def _first(found: Array) -> Array:
     return mx.argmax(found, -1, keepdims=True).astype(mx.int32)
 
 
-def _rows(ops: MlxOps, table: Array | Quantized, ids: Array) -> Array:
+def _rows(ops: MlxArrays, table: Array | Quantized, ids: Array) -> Array:
     """Rows [N, n, D] of the table in the compute type; the last one for a token behind it."""
     ids = mx.minimum(ids, table.shape[0] - 1)
     return _dequantized(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
@@ -279,7 +276,7 @@ def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
     return mx.where(ids < V, scale.ops.exp(scale.below(scale.bend(raw), top)), 0.0)
 
 
-def _dequantized(ops: MlxOps, record: Quantized) -> Array:
+def _dequantized(ops: MlxArrays, record: Quantized) -> Array:
     """As `Ops.dense`, whose int32 and float32 planes would be the largest arrays here."""
     y = ops.decoded(record, ops.dtype)
     if record.factor is None:
@@ -302,7 +299,7 @@ def _best(scale: Scale, top: Array, masses: Array, count: int) -> tuple[Array, A
 
 
 def _gathered(
-    ops: MlxOps, h: Array, table: Array | Quantized, scale: Scale, top: Array, ids: Array, kept: Array
+    ops: MlxArrays, h: Array, table: Array | Quantized, scale: Scale, top: Array, ids: Array, kept: Array
 ) -> Array:
     """Soft embedding [N, D] of tokens `ids` [N, n], whose probabilities add up to `kept` [N]."""
     block = max(1, GATHERED // ids.shape[1])
