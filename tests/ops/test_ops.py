@@ -387,10 +387,10 @@ def test_mlx_never_has_all_scores_at_once():
 def test_mlx_on_a_cpu_never_has_a_whole_stack_decoded(monkeypatch: pytest.MonkeyPatch):
     """26 tiles of outputs, of which a few are in memory at once: decoded, multiplied, let go."""
     mx = pytest.importorskip("mlx.core")
-    from dgemma_mlx import ops as module
+    from dgemma_mlx import arrays
 
-    ops, (E, O, I) = module.MlxOps(), (4, 1664, 256)
-    monkeypatch.setattr(module, "DECODED", 4 * E * I * 64)
+    ops, (E, O, I) = arrays.MlxArrays(), (4, 1664, 256)
+    monkeypatch.setattr(arrays, "DECODED", 4 * E * I * 64)
     w = np.random.default_rng(0).standard_normal((E, O, I)).astype(np.float32)
     record = quantize(w, MXFP4)
     packed = record.map(lambda f: on_device(ops, f))
