@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dgemma.network.ops.runtime import process_peak
 
 # Each of ours, and the peer that it is measured against.
 PAIRS = {"dgemma-cuda": "transformers", "dgemma-mlx": "mlx-vlm"}
@@ -39,8 +40,7 @@ class Engine:
 
     def peak_memory(self) -> int:
         """Bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return process_peak()
 
 
 class Watch:

@@ -9,10 +9,10 @@ converted by a few threads (NumPy lets go of the interpreter) that write at offs
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -99,7 +99,7 @@ def _locked(work: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"{work}: cannot be written ({error.strerror})") from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle)
     except OSError:
         os.close(handle)
         raise ConfigError(f"{work}: another run is writing this conversion") from None
@@ -107,6 +107,18 @@ def _locked(work: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """OSError if another process has the lock of this file."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
