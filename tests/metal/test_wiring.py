@@ -15,6 +15,7 @@ from benchmarks.tiny import evaluate, tasks
 from dgemma.model import Model
 from dgemma.network import graph
 from dgemma.network.cache import empty
+from dgemma.network.ops.vocabulary import logits as network_logits
 from dgemma_mlx import verdict
 from dgemma_mlx.ops import MlxOps
 from tests.compare import Heard, close
@@ -29,7 +30,6 @@ BOUNDS = {mx.float32: 1e-5, mx.bfloat16: 0.05}
 def no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cache of its own for every test, and nothing remembered."""
     monkeypatch.setattr(verdict, "folder", lambda: tmp_path)
-    verdict.enabled.cache_clear()
 
 
 # ---- the same results -----------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def logits(
     soft = ops.asarray(rng.standard_normal((2, 12, 32)) / 6)
     end = ops.asarray(offset + 30)
     h = graph.denoise(ops, geometry, w, canvas, soft, end, cache.read(), ragged=ragged)
-    return ops.to_numpy(logits(ops, h, w.embed, geometry.softcap))
+    return ops.to_numpy(network_logits(ops, h, w.embed, geometry.softcap))
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
