@@ -29,7 +29,7 @@ from torch import nn
 from dgemma.errors import BackendError
 from dgemma.files import load_json
 from dgemma.network.config import Config
-from dgemma.reports.tables import amount, table
+from dgemma.reports.tables import amount, columns
 from dgemma_cuda import bench
 from dgemma_cuda.command import bench as command
 from dgemma_cuda.command import read_geometry
@@ -233,7 +233,7 @@ def text(facts: Mapping[str, Any], form: str) -> str:
             continue
         s = mode["step_ms"]
         rows.append([name, f"{s['median']:,.2f}", f"{s['min']:,.2f}–{s['max']:,.2f}", f"{mode['ratio']:.3f}"])
-    return "\n".join([head, *table(rows), *reasons, f"memory: peak {amount(facts['peak_memory'])}"])
+    return "\n".join([head, *columns(rows), *reasons, f"memory: peak {amount(facts['peak_memory'])}"])
 
 
 # ---- the command ----------------------------------------------------------------------------------

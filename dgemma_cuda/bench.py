@@ -27,7 +27,7 @@ from dgemma.network.ops import Mask
 from dgemma.network.ops.vocabulary import embed
 from dgemma.network.runner import Context
 from dgemma.network.weights import LayerWeights
-from dgemma.reports.tables import amount, table
+from dgemma.reports.tables import amount, columns
 from dgemma.settings import read_generation_config
 
 from .graphs import record_cuda
@@ -294,4 +294,4 @@ def text(report: Mapping[str, Any]) -> str:
         f"tokens/s by tokens a forward: {rates}",
         f"memory: weights {amount(report['weight_bytes'])}, peak {amount(report['peak_memory'])}",
     ]
-    return "\n".join([head, "", *table(rows), "", *tail])
+    return "\n".join([head, "", *columns(rows), "", *tail])

@@ -26,7 +26,7 @@ from dgemma.formats.quantized import Form
 from dgemma.network.config import Config, read_config
 from dgemma.network.spec import Param, parameters
 from dgemma.reports.info import FORMATS, memory
-from dgemma.reports.tables import amount, table
+from dgemma.reports.tables import amount, columns
 
 from .bf16 import Bf16Target
 from .mlx import MlxTarget
@@ -253,4 +253,4 @@ def text(facts: Mapping[str, Any]) -> str:
     for m in facts["memory"]:
         totals = (amount(m["total"][tokens]) for tokens in contexts)
         needs.append([f"{m['backends']}, {m['dtype']}", amount(m["weights"]), *totals])
-    return "\n".join([*table(rows), "", files, "", *table(needs)])
+    return "\n".join([*columns(rows), "", files, "", *columns(needs)])

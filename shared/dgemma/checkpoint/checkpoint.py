@@ -105,7 +105,7 @@ class Checkpoint:
         Each tensor is read once, in file order, so memory stays about one parameter above the weights.
         `progress(done, total)` counts stored bytes.
         """
-        table = sorted(text_parameters(self.config), key=self._place)
+        table = sorted(text_parameters(self.config), key=self._position)
         total, done = sum(self.nbytes(param.name) for param in table), 0
 
         def leaf(param: Param) -> Any:
@@ -128,6 +128,6 @@ class Checkpoint:
             return record if param.group == "embed" else ops.arrange(record, str(param.path[-1]))
         return ops.load(stored, wide=param.wide)
 
-    def _place(self, param: Param) -> tuple[str, int]:
+    def _position(self, param: Param) -> tuple[str, int]:
         entry = self.entries[self.sources[param.name].pieces[0].name]
         return entry.file.name, entry.offset

@@ -287,7 +287,7 @@ def text(against: dict[str, Any]) -> list[str]:
         worst = own["worst"]
         errors = _percent(own["relative_rms"]), _shown(own["cosine"], ".6f")
         rows.append([f"  {group}", *errors, worst["tensor"], _percent(worst["relative_rms"])])
-    lines += tables.table(rows)
+    lines += tables.columns(rows)
     return lines + _logits_text(against["logits"]) if "logits" in against else lines
 
 
@@ -300,7 +300,7 @@ def _logits_text(found: dict[str, Any]) -> list[str]:
         own = found[name]
         kl = _shown(own["kl_mean"], ".3g"), _shown(own["kl_max"], ".3g")
         rows.append([f"  {label}", *kl, f"{100 * own['argmax_agreement']:.1f} %"])
-    return ["", *tables.table(rows)]
+    return ["", *tables.columns(rows)]
 
 
 def _shown(value: float | None, form: str) -> str:

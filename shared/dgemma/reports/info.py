@@ -19,7 +19,7 @@ from dgemma.formats.quantized import Form
 from dgemma.network.config import FULL, SLIDING, Config, LayerConfig, read_config
 from dgemma.network.ops import Ops
 from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
-from dgemma.reports.tables import amount, count, table
+from dgemma.reports.tables import amount, columns, count
 
 CONTEXTS = (1024, 8192, 32768, 131072)
 
@@ -240,7 +240,7 @@ def _parameters_text(report: dict[str, Any]) -> list[str]:
     ]
     rows.append(["  total", count(p["total"]), amount(size["total"])])
     rows.append(["  active per token", count(p["active"]), ""])
-    return table(rows)
+    return columns(rows)
 
 
 def _memory_text(memories: list[dict[str, Any]]) -> list[str]:
@@ -256,7 +256,7 @@ def _memory_text(memories: list[dict[str, Any]]) -> list[str]:
         rows.append([f"  KV at {_context(tokens)}", *(amount(m["kv"][tokens]) for m in memories)])
     for tokens in memories[0]["total"]:
         rows.append([f"  all at {_context(tokens)}", *(amount(m["total"][tokens]) for m in memories)])
-    return [*table(rows), "Activations and the framework's own memory come on top."]
+    return [*columns(rows), "Activations and the framework's own memory come on top."]
 
 
 def _context(tokens: int) -> str:

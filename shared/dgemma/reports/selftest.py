@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.reports.tables import table
+from dgemma.reports.tables import columns
 
 SLACK = 1.02  # a kernel may take this much of its twin's time: timings wobble
 
@@ -91,7 +91,7 @@ def text(report: Mapping[str, Any]) -> str:
         said = "ok" if c["fault"] is None else c["fault"].partition(":")[0]
         cells = [c["kernel"], c["what"], c["dtype"], error, f"{c['bound']:.1e}", *times, *_speed(c, copy)]
         rows.append([*cells, said])
-    return "\n".join([head, "", *table(rows), *_switches(report)])
+    return "\n".join([head, "", *columns(rows), *_switches(report)])
 
 
 def _speed(c: Mapping[str, Any] | None, copy: float | None) -> list[str]:

@@ -399,7 +399,7 @@ def _contents_text(report: dict[str, Any]) -> list[str]:
             ", ".join(own["forms"]),
         ]
         rows.append(row)
-    return [*head, "", *tables.table(rows)]
+    return [*head, "", *tables.columns(rows)]
 
 
 def _findings_text(report: dict[str, Any]) -> list[str]:
