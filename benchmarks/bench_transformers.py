@@ -244,13 +244,14 @@ def run(
     compiled: bool,
     geometry: str,
     dtype: str | None,
+    activations: str | None,
     device: str | None,
     **measured: Any,
 ) -> dict[str, Any]:
     """The report of `bench.run`, which takes `measured`; "against" is that of `compare`, made after it."""
     library()  # that it is missing is said before minutes of work
     folder, config = read_geometry(geometry)
-    ops = make(dtype, device)
+    ops = make(dtype, device, activations)
     report = bench.run(ops, config, **measured, say=say)
     shape = measured["rows"], measured["context"]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)

@@ -373,7 +373,7 @@ def test_a_backend_that_is_not_installed(backend: str, package: str, monkeypatch
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **options: Any) -> None:
         raise AssertionError("ours")
 
     monkeypatch.setattr("dgemma.commands.generate.load", broken)
@@ -385,7 +385,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     "error", [MemoryError(), RuntimeError("[metal::malloc] Attempting to allocate 9 GB")]
 )
 def test_running_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
+    def broken(*args: Any, **options: Any) -> None:
         raise error
 
     monkeypatch.setattr("dgemma.commands.generate.load", broken)

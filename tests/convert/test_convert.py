@@ -36,7 +36,7 @@ SHARDED = """
 import sys
 import dgemma_convert.plan as plan
 plan.SHARD_BYTES = int(sys.argv.pop(1))
-from dgemma.cli import convert
+from dgemma_convert.command import convert
 convert()
 """
 

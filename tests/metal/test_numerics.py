@@ -72,8 +72,8 @@ def test_no_float32_leaks_into_the_stream() -> None:
     ops, config, w = model.ops, model.config, model.weights
     L = config.canvas_length
     canvas, offset = ops.asarray(np.full((1, L), 7)), ops.asarray(np.array([0]))
-    rotary = {kind: rotary(ops, offset, L, f) for kind, f in w.frequencies.items()}
-    run = graph.Pass(ops, config, offset, rotary, False, False)
+    turned = {kind: rotary(ops, offset, L, f) for kind, f in w.frequencies.items()}
+    run = graph.Pass(ops, config, offset, turned, False, False)
     soft = ops.asarray(np.ones((1, L, config.hidden_size)))
     h = graph.self_condition(run, w, canvas, soft)
     assert h.dtype == mx.bfloat16
