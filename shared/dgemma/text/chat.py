@@ -1,8 +1,7 @@
 """Prompts in, replies out: the checkpoint's own chat template, and the channels of a raw reply.
 
-The template is rendered in jinja2's sandbox and never hard-coded; BOS comes from it, not from the
-tokenizer. A reply is split by the turn, channel and tool tokens of the Gemma 4 format (model.md,
-"Prompts").
+jinja2's sandbox renders the template, which is never hard-coded. BOS comes from the template, not from the
+tokenizer. A reply is split at the turn, channel and tool tokens of the Gemma 4 format (model.md, "Prompts").
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dgemma.errors import PromptError
 
 Message = dict[str, Any]
 
-# The released template writes any role into the prompt as it is; these are the ones it was made for.
+# The released template writes any role into the prompt as it is, but was made for these.
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 TURN_END, CHANNEL, CHANNEL_END = "<turn|>", "<|channel>", "<channel|>"
@@ -57,7 +56,7 @@ class ChatTemplate:
         thinking: bool = False,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text of a conversation, special tokens included; PromptError if it cannot be."""
+        """The prompt text of a conversation, special tokens included; PromptError if the template refuses."""
         check_messages(messages)
         try:
             return self._template.render(
@@ -86,7 +85,7 @@ def check_messages(messages: object) -> None:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A parsed call: its name and its arguments."""
+    """A parsed call of a tool."""
 
     name: str
     arguments: dict[str, Any]
@@ -94,7 +93,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """A raw reply taken apart. `text` is what the user sees, `thinking` the thought channel's text."""
+    """The parts of a raw reply. The user sees `text`; `thinking` is the thought channel's text."""
 
     text: str
     thinking: str
@@ -104,9 +103,9 @@ class Reply:
 def parse_reply(raw: str) -> Reply:
     """Split raw model text (special tokens included) into visible text, thought and tool calls.
 
-    The text ends at the first turn end or tool response. A thought channel that was never closed,
-    because the token limit cut it, is all thought. A call that does not parse stays in the text, so
-    that nothing the model said is lost.
+    The text ends at the first turn end or tool response. A thought channel that the token limit cut open is
+    all thought; an empty one, which the model may emit unasked, goes. A call that does not parse stays in
+    the text, so that nothing the model said is lost.
     """
     raw = re.split(f"{re.escape(TURN_END)}|{re.escape(RESPONSE)}", raw, maxsplit=1)[0]
     raw = re.sub(r"<(?:eos|bos|pad)>", "", raw)
