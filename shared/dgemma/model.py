@@ -60,8 +60,8 @@ class Model(Runner):
     ) -> Step:
         """One denoising step of canvas [B, L] ids: `see`, then the sampler.
 
-        Positions outside the entropy bound (default: the checkpoint's) are refilled from `noise` [B, L] int64,
-        also if an earlier step accepted them. The other arguments are those of `see`.
+        Positions outside the entropy bound (default: the checkpoint's) are refilled from `noise` [B, L], even
+        if an earlier step accepted them. `noise` is int64; the other arguments are those of `see`.
         """
         seen = self.see(context, canvas, soft, temperature, uniforms, soft_bound)
         return refined(seen, noise, self.generation.entropy_bound if entropy_bound is None else entropy_bound)
