@@ -1,4 +1,4 @@
-"""Errors of a command, in one line each."""
+"""Errors of commands, one line each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-# Each framework has its own exception for it, and importing one to name it would cost seconds.
+# Each framework has its own exception for this. Importing one only to name it would cost seconds.
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "[metal::malloc]", "not enough memory")
 _MEMORY_ADVICE = "take a shorter prompt, fewer rows or --dtype bfloat16; `dgemma info` says what is needed"
 
