@@ -92,6 +92,7 @@ def summary(faults: Sequence[Fault]) -> str:
 
 def _looks_quantized(entry: Entry) -> bool:
     """Whether a tensor has a name or a type that only quantized formats use."""
+    # Plain weights are floats of 16 bits or more: integers and 8-bit types are codes.
     own = _QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype)
     return own is not None and not is_skipped(entry.name)
 

@@ -19,6 +19,7 @@ def shards(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
+    # macOS leaves hidden files such as ._model.safetensors beside copies.
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 

@@ -48,12 +48,14 @@ def resolve(model: str | Path, progress: bool = True, files: Sequence[str] = HUB
     if isinstance(model, Path) or name[0] in "./~" or "\\" in name or name.split("@")[0].count("/") > 1:
         raise CheckpointError(f"{name!r}: no such folder")
     match = _HUB_ID.fullmatch(name)
+    # The hub allows neither: its cache writes "/" as "--".
     if match is None or ".." in name or "--" in match[1]:
         raise CheckpointError(f"{name!r} is neither a folder nor a hub id org/name[@revision]")
     return _download(match[1], match[2], progress, files)
 
 
 def _download(repo: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
+    # Imported late: a folder needs no client of the hub.
     import huggingface_hub as hub
     from huggingface_hub import errors
 

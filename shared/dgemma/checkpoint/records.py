@@ -41,6 +41,7 @@ def _stack(parts: Sequence[Piece], shape: tuple[int, ...], entries: Mapping[str,
         # Words of codes become bytes. A view is enough, as both are little-endian.
         data = first.data.view(np.uint8) if parts[0].role == "codes" else first.data
         return replace(first, dtype="U8" if parts[0].role == "codes" else first.dtype, shape=shape, data=data)
+    # The pieces cover the whole stack, and a missing one raises: no expert keeps random bytes.
     data = np.empty(shape, np.uint8)
     for piece in parts:
         data[piece.place] = entries[piece.name].read().data
@@ -58,6 +59,7 @@ def _factor(parts: Sequence[Piece], lead: tuple[int, ...], entries: Mapping[str,
             data[part] = value.reshape(data[part].shape)
         else:  # one number for each matrix
             data[part] = value if value.ndim == data[part].ndim else value.reshape(())
+    # Equal factors shrink to one for each matrix, as `quantize` makes them.
     if (data == data[..., :1]).all():
         data = data[..., :1].copy()
     return Stored(first.name, "F32", data.shape, data, first.file)

@@ -80,6 +80,7 @@ def read_header(file: Path) -> list[Entry]:
     """
     header, start, size = _header(file)
     entries = [_entry(file, name, fact, start) for name, fact in header.items() if name != "__metadata__"]
+    # An empty tensor shares its offset with the next one and must come first.
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_layout(file, entries, start, size)
     return entries

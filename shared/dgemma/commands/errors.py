@@ -38,7 +38,7 @@ class OneLine(click.Command):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run: Callable[..., Any] = super().main
-        if not standalone_mode:
+        if not standalone_mode:  # the caller wants the exceptions
             return run(*args, standalone_mode=False, **extra)
         try:
             code = run(*args, standalone_mode=False, **extra)
@@ -47,7 +47,7 @@ class OneLine(click.Command):
             sys.exit(INTERRUPTED)
         except DgemmaError as error:
             _fail(str(error), 1)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # PyTorch and MLX raise RuntimeError
             if not is_out_of_memory(error):
                 raise
             _fail(f"out of memory ({first_line(error)}); {_MEMORY_ADVICE}", 1)
@@ -56,4 +56,4 @@ class OneLine(click.Command):
             _fail(error.format_message().rstrip(".") + hint, error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else 0)  # some commands return their exit code

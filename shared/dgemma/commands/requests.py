@@ -38,7 +38,7 @@ def read_request(
 
 def _stdin() -> str:
     ctx = click.get_current_context()
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None without a console, as under pythonw
         raise click.UsageError("Nothing to answer: give --prompt or --messages, or pipe a text in.", ctx)
     try:
         text = sys.stdin.read().rstrip("\n")

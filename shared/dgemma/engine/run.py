@@ -147,6 +147,7 @@ class _Run:
 
     def _prefill(self, tokens: list[list[int]], context: Context | None) -> Generator[Event, None, Context]:
         """Encode the prompts, with events, or later the committed canvases, without; returns the context."""
+        # The old context ends here: holding it would double the keys and values.
         prefill = self.runner.prefill(tokens, context, consume=True)
         while True:
             try:
@@ -163,6 +164,7 @@ class _Run:
         final = np.zeros((len(rows), L), np.int64)
         live = np.arange(len(rows))
         noise = self._noise(rows, vocab)
+        # A canvas starts without the last one's soft embedding.
         canvas, soft = noise.start(config.steps, L), None
         stop = sampler.Stop(config, len(rows))
         sparse = True
@@ -204,7 +206,7 @@ class _Run:
         """Append a final canvas [L] to its reply; returns the finish reason, None while it goes on."""
         room = self.config.max_new_tokens - len(row.tokens)
         stops = np.flatnonzero(np.isin(canvas, self.config.stop_ids))
-        stopped = len(stops) > 0 and stops[0] < room
+        stopped = len(stops) > 0 and stops[0] < room  # a stop beyond the limit does not count
         new = [int(token) for token in (canvas[: stops[0] + 1] if stopped else canvas[:room])]
         row.tokens += new
         row.canvases += 1
@@ -248,5 +250,6 @@ class _Run:
         if self.tokenizer is None:
             return Done(row.index, row.tokens, "", "", (), reason, stats)
         reply = self.tokenizer.reply(row.tokens)
+        # A reply that the limit cut stays "length", even with a whole call in it.
         reason = "tool_calls" if reply.tool_calls and reason == "stop" else reason
         return Done(row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats)

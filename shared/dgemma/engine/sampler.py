@@ -38,19 +38,21 @@ class Noise:
         steps, canvases = (np.broadcast_to(x, len(self.rows)) for x in (step, self.canvas))
         places = zip(self.rows, canvases.tolist(), steps.tolist(), strict=True)
         words = np.stack([self._words(*place, 2 * length) for place in places])
+        # The upper 53 bits fill a float64 exactly, so 1.0 never occurs.
         uniforms = (words[:, :length] >> np.uint64(11)) * 2.0**-53
+        # The upper 32 bits scaled to [0, V): the product fits 64 bits.
         tokens = (words[:, length:] >> np.uint64(32)) * np.uint64(self.vocab_size) >> np.uint64(32)
         return uniforms, tokens.astype(np.int64)
 
     def start(self, steps: int, length: int) -> np.ndarray:
         """The canvas [B, L] int64 of random tokens at which denoising starts."""
-        return self.draw(steps + 1, length)[1]
+        return self.draw(steps + 1, length)[1]  # steps count down from N, so N + 1 is free
 
     def _words(self, row: int, canvas: int, step: int, count: int) -> np.ndarray:
         """Random words [count] uint64 of one row's canvas and step."""
         # Raw words: NumPy promises the bit stream of Philox, but not that of its distributions.
         mask = 2**64 - 1
-        # As uint64 arrays: NumPy makes floats of a list with a value beyond 2^63, and drops low bits.
+        # Lists would not do: NumPy makes floats of one with a value beyond 2^63, and drops low bits.
         key = np.array([self.seed & mask, row & mask], np.uint64)
         counter = np.array([0, 0, step, canvas], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)
@@ -96,7 +98,7 @@ class Step:
 
     `canvas` [B, L] int64 is the next step's input: accepted samples, fresh noise elsewhere. `argmax` [B, L]
     int64 is committed if this is the last step. `entropy` [B, L] is float32 in nats, `accepted` [B, L] bool.
-    At most the probability `missing` [B, L] is left out of `soft`; None if all of it is dense.
+    `soft` leaves out at most the probability `missing` [B, L]; None if all of it is dense.
     """
 
     canvas: np.ndarray
@@ -136,6 +138,7 @@ class Stop:
         done = entropy.mean(-1) < self.config.confidence
         for row, (canvas, history) in enumerate(zip(argmax, self._history, strict=True)):
             same = [np.array_equal(canvas, before) for before in history]
+            # A canvas with fewer steps behind it than `stability` is not stable yet.
             done[row] &= len(same) == self.config.stability and all(same)
             history.append(canvas)
             del history[: max(0, len(history) - self.config.stability)]

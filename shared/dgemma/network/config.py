@@ -115,6 +115,7 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
         image_token_id=top.get("image_token_id", (int, type(None)), None),
         layers=_layers(text, heads),
         vision=_vision(top),
+        # MLX writes the first key, Hugging Face the second.
         quantization=top.optional("quantization") or top.optional("quantization_config"),
     )
     if config.top_k > config.num_experts:
@@ -208,9 +209,9 @@ def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) 
 def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) -> int:
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
-    `own` is None in a file without per_layer_config: the full layers' key must be there then. With that
-    table it may be missing, as an entry leaves out what equals the common value. A null `full_key` means
-    the common value too.
+    `own` is None in a file without per_layer_config: the full layers' key must be there then. It may be
+    missing beside that table, whose entries leave out the common value. A null `full_key` means the common
+    value too.
     """
     if own is not None and key in own.data:
         return own.size(key)

@@ -48,6 +48,7 @@ def attention(
     ops = run.ops
     q, k, v = ops.heads(x, w, bias, run.config.rms_eps, run.rotary[layer.kind])
     B, H, L, C = q.shape
+    # `offset` tokens came before, other cached slots are padding. A window may have cut them: pad < 0 then.
     pad = (0 if past is None else past[0].shape[2]) - run.offset if run.ragged else None
     y = ops.attend(q, (k, v), past, Mask(pad, run.causal, layer.window))
     y = ops.transpose(y, 0, 2, 1, 3).reshape(B, L, H * C)
@@ -127,8 +128,8 @@ def denoise(
     """One bidirectional pass of canvas ids [B, L] -> normed hidden states [B, L, D], ready for the head.
 
     `soft` [B, L, D] is the previous step's soft embedding (None on a canvas's first step). `past` is as in
-    `encode`. On sliding layers every canvas position sees the same last window − 1 cached slots: a rectangle,
-    not a band.
+    `encode`. Every canvas position sees the same last window − 1 cached slots of sliding layers: a
+    rectangle, not a band.
     """
     run = Pass(ops, config, offset, _rotary(ops, w, offset, canvas.shape[1]), False, ragged)
     h = self_condition(run, w, canvas, soft)
@@ -183,7 +184,7 @@ def vocabulary(
 ) -> Prediction:
     """What the vocabulary says of hidden states h [B, L, D] -> a `Prediction` of B·L rows.
 
-    `temperature` and `uniforms` are as in `step`. With a `soft_bound` it may read the host.
+    `temperature` and `uniforms` are as in `step`. A `soft_bound` may make it read the host.
     """
     h, uniforms = h.reshape(-1, h.shape[-1]), uniforms.reshape(-1)
     if getattr(temperature, "ndim", 0):

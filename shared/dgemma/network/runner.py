@@ -60,8 +60,8 @@ class Context:
 class Seen:
     """What the network says of a canvas. `soft` [B, L, D] stays on the device, the rest is on the host.
 
-    `argmax` and `sample` are [B, L] int64, `entropy` [B, L] in nats, float32 (float64 on NumPy). At most the
-    probability `missing` [B, L] is left out of `soft`; None if all of it is dense.
+    `argmax` and `sample` are [B, L] int64, `entropy` [B, L] in nats, float32 (float64 on NumPy). `soft`
+    leaves out at most the probability `missing` [B, L]; None if all of it is dense.
     """
 
     argmax: np.ndarray
@@ -153,6 +153,7 @@ class Runner:
         tokens = np.full((len(rows), slots), self.config.pad_id)
         for b, row in enumerate(rows):
             tokens[b, slots - len(row) :] = row
+        # Chunked equals unchunked: a chunk's offset is absolute, and negative in a row still to begin.
         for start in range(0, slots, chunk):
             part = tokens[:, start : start + chunk]
             cache.append(self._encode(part, lengths - slots + start, cache))
@@ -198,7 +199,7 @@ class Runner:
         return self.ops.to_numpy(z).astype(np.float32)
 
     def _denoise(self, ragged: bool) -> Callable[..., Array]:
-        """A denoising pass as a function of arrays only: canvas, offset, past and, from step 2 on, soft."""
+        """A denoising pass of arrays only: canvas [B, L], offset [B], past, soft [B, L, D] from step 2 on."""
 
         def run(canvas: Array, offset: Array, past: list[KV], *soft: Array) -> Array:
             signal = soft[0] if soft else None
@@ -267,7 +268,7 @@ class Runner:
         signal: tuple[Array, ...],
         bound: float,
     ) -> tuple[Array, Array]:
-        """As `_dense`, with `missing` [4, B·L]; the vocabulary is not compiled, as it may read the host."""
+        """Like `_dense`, with `missing` [4, B·L]. The vocabulary may read the host, so it is not compiled."""
         denoise = self._denoise(ragged)
 
         def run(*given: Any) -> tuple[Array]:
@@ -291,6 +292,7 @@ class Runner:
             raise PromptError(f"a canvas must be [{len(context.lengths)}, L] token ids")
         if canvas.size == 0 or canvas.min() < 0 or canvas.max() >= self.config.vocab_size:
             raise PromptError(f"a canvas token is outside the vocabulary of {self.config.vocab_size}")
+        # Positions continue after a row's own tokens, not after its slots, which include padding.
         return self.ops.asarray(canvas), self.ops.asarray(context.lengths)
 
     def _signal(self, soft: Any) -> tuple[Array, ...]:

@@ -2,7 +2,7 @@
 
 One table drives loading, checking, counting and converting. A name outside the table is an error. Only
 tied copies, which some exports store, are skipped by name. The price: every architecture change needs a
-release. In return no weight is ever silently random.
+release. The gain: no weight is ever silently random.
 
     D hidden  V vocabulary  H heads  G KV heads  C head size  F dense MLP  E experts  M expert size
 """

@@ -196,8 +196,8 @@ def logits(
 ) -> dict[str, Any]:
     """How far the model's distributions are from the other's on a fixed prompt and canvas; for JSON.
 
-    "first_step" is a canvas's first step. In "self_conditioned" both models get the soft embedding of the
-    other's first step: free runs of two models would part, so both start from the same state. The result is
+    "first_step" is a canvas's first step. "self_conditioned" is a step that gets the soft embedding of the
+    other's first step in both models: free runs would part, so both start from the same state. The result is
     {"skipped": reason} if the two do not run here. `progress` counts the stored bytes of each model.
     """
     if reason := _too_large(checkpoint, ops) or _too_large(other, ops):
@@ -237,6 +237,7 @@ def divergence(theirs: np.ndarray, mine: np.ndarray) -> dict[str, float | None]:
     with np.errstate(all="ignore"):
         for z, y in zip(theirs, mine, strict=True):  # position by position: the planes are large
             p, q = _log_softmax(z), _log_softmax(y)
+            # Python's max(0.0, NaN) is 0.0: NaN needs a test of its own.
             kl.append(max(0.0, float(np.exp(p) @ (p - q))) if np.isfinite(q).all() else float("nan"))
             same += int(z.argmax() == y.argmax())
     return {

@@ -60,6 +60,7 @@ def difference(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float
     """Largest difference over the largest value, over all pairs of arrays of one shape; NaN if one is NaN."""
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
+        # np.maximum keeps NaN, Python's max may drop it.
         worst = np.maximum(worst, np.abs(a - b).max() / np.abs(b).max())
     return float(worst)
 

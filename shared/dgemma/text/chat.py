@@ -32,6 +32,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    # jinja2's own filter escapes HTML, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
@@ -39,6 +40,7 @@ class ChatTemplate:
     """A compiled chat_template.jinja. `specials` are the template's variables such as bos_token."""
 
     def __init__(self, source: str, specials: dict[str, str]):
+        # transformers renders with the same settings: one more blank would change the prompt.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
@@ -108,7 +110,7 @@ def parse_reply(raw: str) -> Reply:
     the text, so that nothing the model said is lost.
     """
     raw = re.split(f"{re.escape(TURN_END)}|{re.escape(RESPONSE)}", raw, maxsplit=1)[0]
-    raw = re.sub(r"<(?:eos|bos|pad)>", "", raw)
+    raw = re.sub(r"<(?:eos|bos|pad)>", "", raw)  # they are decoded as text
     thoughts: list[str] = []
 
     def keep_thought(match: re.Match[str]) -> str:
@@ -138,7 +140,7 @@ def _parse_call(text: str) -> ToolCall | None:
     match = re.fullmatch(r"call:([\w.-]+)(\{.*\})", text.strip(), flags=re.S)
     if match is None:
         return None
-    try:
+    try:  # the model may write anything, brackets a thousand deep included
         value, end = _parse_value(match[2], 0)
     except (ValueError, IndexError, RecursionError):
         return None

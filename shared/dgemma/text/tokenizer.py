@@ -45,6 +45,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text whose special tokens are written out. Nothing is added, not even BOS."""
+        # The template has written BOS already; a second one changes the answers.
         return self.raw.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:

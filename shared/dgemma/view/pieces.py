@@ -77,6 +77,7 @@ class Spelling:
         return Piece(shown, mark, special, newline=text.endswith("\n") and not special)
 
     def _texts(self, ids: list[int]) -> list[str]:
+        # SentencePiece writes a space as ▁, and rare characters as one token for each byte: <0xE2>.
         texts = [(self._token(id) or UNREADABLE).replace("▁", " ") for id in ids]
         start = 0
         while start < len(texts):
@@ -93,7 +94,7 @@ class Spelling:
 def _characters(data: bytes) -> list[str]:
     """One text for each byte: the character for its first byte, nothing for its other bytes."""
     texts = []
-    for char in data.decode("utf-8", "surrogateescape"):
+    for char in data.decode("utf-8", "surrogateescape"):  # bytes of no character become surrogates
         size = len(char.encode("utf-8", "surrogateescape"))
         texts += [char, *[""] * (size - 1)]
     return texts

@@ -197,6 +197,7 @@ class TerminalScreen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A finished run shows its last frames, an interrupted one none.
         (self._closing if kind is None else self._abort).set()
         try:
             self._thread.join()
@@ -212,7 +213,7 @@ class TerminalScreen:
                 self._take()
             elif self._closing.is_set():
                 break
-            elif size == self._live.console.size:
+            elif size == self._live.console.size:  # a resized terminal is redrawn without news
                 continue
             size = self._live.console.size
             self._live.refresh()
@@ -224,7 +225,7 @@ class TerminalScreen:
             while self._waiting:
                 event = self._waiting[0][0]
                 if isinstance(event, Draft):
-                    if event.row in seen:
+                    if event.row in seen:  # this row's next step waits for the next frame
                         break
                     seen.add(event.row)
                 self._view.update(*self._waiting.popleft())

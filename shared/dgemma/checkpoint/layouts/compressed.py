@@ -63,7 +63,7 @@ class CompressedLayout(Layout):
             return FP8
         # Experts must be quantized, so that the error lists each missing tensor.
         wanted = param.group == "experts" and not (self.opaque and param.name in self.names)
-        return min(self.announced, key=str) if wanted else None
+        return min(self.announced, key=str) if wanted else None  # a set's order differs from run to run
 
     def _ignores(self, path: str) -> bool:
         return any(matches(path, pattern) for pattern in self.ignored)

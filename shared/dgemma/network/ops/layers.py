@@ -112,7 +112,7 @@ class Layers(Decoding):
     def project(self, x: Array, w: AttentionWeights, bias: BiasWeights) -> tuple[Array, Array, Array]:
         """The three products q [B, L, H·C] and k, v [B, L, G·C] of x [B, L, D]."""
         q, k = self.linear(x, w.q, bias.q), self.linear(x, w.k, bias.k)
-        # On full layers V is k_proj's output *before* k_norm and RoPE.
+        # V of full layers is k_proj's output *before* k_norm and RoPE.
         return q, k, k if w.v is None else self.linear(x, w.v, bias.v)
 
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
@@ -159,6 +159,7 @@ class Layers(Decoding):
         flat = ids.reshape(N * K)
         order = self.argsort(flat, 0)
         rows = self.take(flat, order)
+        # Pick i is one of token i // K.
         y = self.expert_linear(self.take(x, order // K), gate_up, rows)
         half = y.shape[-1] // 2
         y = self.expert_linear(geglu(self, y[:, :half], y[:, half:]), down, rows)

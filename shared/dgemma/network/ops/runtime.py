@@ -92,5 +92,5 @@ class Runtime(Arrays):
         """Finish pending work on these arrays, nested or not. Only lazy backends have any."""
 
     def after(self, x: Array, *done: Array) -> Array:
-        """`x`, usable once `done` are computed. Without it lazy backends hold all tiles of a loop at once."""
+        """`x`, usable once `done` are computed, so that lazy backends never hold all tiles of a loop."""
         return x

@@ -24,7 +24,7 @@ class Prediction:
     sample: Array  # [N] int, drawn with the given uniforms
     entropy: Array  # [N] wide, nats
     soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
-    # [N] wide: at most this probability is left out of `soft`, 0 in dense rows. None if no bound was given.
+    # [N] wide: `soft` leaves out at most this probability, 0 in dense rows. None if no bound was given.
     missing: Array | None = None
 
 
