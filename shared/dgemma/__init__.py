@@ -6,7 +6,7 @@
         if isinstance(event, dgemma.Done):
             print(event.text)
 
-No framework is imported before a backend is asked for.
+This module imports no framework; `load` imports that of its backend.
 """
 
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats

@@ -1,7 +1,8 @@
-"""The backends by name: each is a package, found and imported when it is asked for.
+"""The backends by name: each is a package, imported only when a caller asks for it.
 
 A backend is one line of `PACKAGES` and a package with `ops.make(dtype, device, activations, notices)`, which
-returns its `Ops`, and, if it has kernels, `selftest.check_all(device, progress)` (`dgemma.reports.selftest`).
+returns its `Ops`. A package with kernels has `selftest.check_all(device, progress)`, too
+(`dgemma.reports.selftest`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ACTIVATIONS = ("nvfp4",)
 
 @dataclass(frozen=True)
 class Package:
-    """A package, the framework that it imports, and whether devices and activations can be chosen there."""
+    """A package, the framework that it imports, and whether it offers devices and activations."""
 
     name: str
     framework: str
@@ -40,7 +41,7 @@ def make_ops(
     activations: str | None = None,
     notices: Notices | None = None,
 ) -> Ops:
-    """The `Ops` of a backend; BackendError says how to get it where it is missing."""
+    """The `Ops` of a backend; BackendError says how to install a missing one."""
     backend = choose(backend, dtype, device, activations)
     if backend == "numpy":
         return NumpyOps(notices)
@@ -49,7 +50,7 @@ def make_ops(
 
 
 def part(backend: str, module: str) -> Any:
-    """A module of a backend's package; BackendError where it has none. Imports its framework."""
+    """A module of a backend's package; BackendError without one. This imports the framework."""
     if backend not in PACKAGES:
         raise BackendError(f"the {backend} backend has no {module}")
     return import_module(f"{PACKAGES[backend].name}.{module}")
@@ -58,7 +59,7 @@ def part(backend: str, module: str) -> Any:
 def choose(
     backend: str, dtype: str | None = None, device: str | None = None, activations: str | None = None
 ) -> str:
-    """The backend that a choice means; BackendError if it cannot be had. Imports no framework."""
+    """The backend that a choice means; BackendError if it is not here. This imports no framework."""
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     for what, value, known in (("dtype", dtype, DTYPES), ("activations", activations, ACTIVATIONS)):
@@ -81,6 +82,6 @@ def choose(
 
 
 def _best() -> str:
-    """MLX on a Mac, PyTorch where it is installed, then MLX on a CPU, then NumPy."""
+    """MLX on a Mac, elsewhere PyTorch, then MLX on a CPU, then NumPy: the first that is installed."""
     order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
     return next((backend for backend in order if find_spec(PACKAGES[backend].framework)), "numpy")

@@ -1,11 +1,11 @@
 """The `dgemma` command: a table of names, each with the module that has it.
 
-A command parses and calls, the work is in the library. Standard output carries the answer and nothing else;
-notices, thoughts, the live view and statistics go to standard error. Wrong input ends in one line and exit
+A command parses and calls; the work is in the library. Standard output carries the answer and nothing else.
+Notices, thoughts, the live view and statistics go to standard error. Wrong input ends in one line and exit
 code 1, a wrong command line in one line and exit code 2, Ctrl-C in 130. Anything else that escapes is a bug
 of ours and keeps its traceback.
 
-The list of commands is printed from the table, so that `dgemma --help` imports none of them.
+`dgemma --help` prints the list of commands from the table, so it imports none of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dgemma import __version__
 from dgemma.commands.errors import OneLine
 from dgemma.commands.options import HELP
 
-# Name: the module and its command, and what the list says of it.
+# By name: module and command, and the line in the list.
 COMMANDS = {
     "bench": ("dgemma_cuda.command:bench", "Time a denoising step at full size, without a download."),
     "convert": ("dgemma_convert.command:convert", "Convert a checkpoint to another format."),
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 class Commands(OneLine, click.Group):
-    """The commands of the table, each imported when it is asked for."""
+    """The commands of the table, each imported only when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -1,11 +1,11 @@
-"""The exceptions a user may see: one line each, saying what is wrong and what to do.
+"""The exceptions that a user may see. Each says in one line what is wrong and what to do.
 
 Anything else that escapes (AssertionError, TypeError, ...) is a bug of ours and keeps its traceback.
 """
 
 
 class DgemmaError(Exception):
-    """Base of every error caused by input: files, configuration, arguments, the machine."""
+    """Base of every error whose cause is input: files, configuration, arguments, the machine."""
 
 
 class ConfigError(DgemmaError):

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read with errors that name the file and the key."""
+"""JSON files of a checkpoint. Errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from dgemma.errors import ConfigError
 
-Progress = Callable[[int, int], None]  # how much is done, and how much there is: bytes, or tokens
+Progress = Callable[[int, int], None]  # done and total, in bytes or tokens
 
-# No size of a model comes near it, and arithmetic on larger integers of a broken file would overflow.
+# No size of a model comes near it. Arithmetic on larger integers of a broken file would overflow.
 MAX_SIZE = 2**31 - 1
 
 
 class Reader:
-    """Typed access to a dictionary of a file, with errors that name the file and the key."""
+    """Typed access to a dictionary of a file. Errors name the file and the key."""
 
     def __init__(self, data: Any, where: str):
         if not isinstance(data, Mapping):
@@ -25,7 +25,7 @@ class Reader:
         self.data, self.where = data, where
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
-        """The value of `key`; `kind` is checked, bool is never taken for a number."""
+        """The value of `key`, checked to be of this kind; a bool does not pass for a number."""
         if key not in self.data:
             if default is ...:
                 raise ConfigError(f"{self.where}: missing key {key!r}")
@@ -37,7 +37,7 @@ class Reader:
         return value
 
     def unusable(self, key: str) -> ConfigError:
-        """The error for a value of `key` that makes no sense; a long value is cut."""
+        """The error for a senseless value of `key`; a long value is cut."""
         return ConfigError(f"{self.where}: {key!r} has the unusable value {reprlib.repr(self.data[key])}")
 
     def size(self, key: str, most: int = MAX_SIZE) -> int:
@@ -48,7 +48,7 @@ class Reader:
         return value
 
     def number(self, key: str, default: Any = ...) -> float:
-        """A finite number: JSON as Python reads it has NaN and Infinity too."""
+        """A finite number. Python's JSON reader accepts NaN and Infinity, too."""
         value = self.get(key, (int, float), default)
         if not abs(value) < 1e30:
             raise self.unusable(key)
@@ -62,7 +62,7 @@ class Reader:
         return value
 
     def optional(self, key: str) -> Any:
-        """The object at `key`, or None where it is missing, null or empty."""
+        """The object at `key`, or None if it is missing, null or empty."""
         return self.get(key, (Mapping, type(None)), None) or None
 
     def sub(self, key: str) -> Reader:
@@ -70,7 +70,7 @@ class Reader:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ConfigError in one line when there is none."""
+    """The JSON object in a file; ConfigError in one line if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

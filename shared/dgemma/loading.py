@@ -26,16 +26,16 @@ def load(
 ) -> Model:
     """A model ready to run. `model` is a folder or a hub id; None means the embedded one.
 
-    `backend` is "mlx", "cuda", "numpy" or "auto"; `dtype` "float32" or "bfloat16" (default: bfloat16 on a
-    GPU, float32 on a CPU). `device` is a torch device. `activations` "nvfp4" quantizes what goes into experts
-    in NVFP4, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` hears what a user
-    should know of the machine; by default the logger "dgemma" does. Raises DgemmaError with one line for
-    anything that is wrong with the files or the machine.
+    `backend` is "mlx", "cuda", "numpy" or "auto", `dtype` "float32" or "bfloat16" (default: bfloat16 on a
+    GPU, float32 on a CPU). `device` is a torch device. `activations` "nvfp4" quantizes the inputs of NVFP4
+    experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives messages about
+    the machine; the default is the logger "dgemma". DgemmaError says in one line what is wrong with the files
+    or the machine.
     """
     backend = choose(backend, dtype, device, activations)
     checkpoint = Checkpoint.open(resolve(MODEL_DIR if model is None else model))
     tokenizer = Tokenizer.open(checkpoint.folder)
-    # After the files: a framework takes seconds to import.
+    # The files come first, as a framework takes seconds to import.
     ops = make_ops(backend, dtype, device, activations, notices)
     weights = checkpoint.load(ops, progress)
     return Model(ops, checkpoint.config, checkpoint.generation, weights, tokenizer)

@@ -1,4 +1,4 @@
-"""A loaded model: the network, its tokenizer, and the few calls everything else is made of.
+"""A loaded model: the network, its tokenizer, and the few calls that everything else uses.
 
 model = dgemma.load()                               # the embedded model
 context = model.encode([[2, 105, ...]])             # ragged lists of token ids
@@ -27,7 +27,7 @@ from dgemma.text.tokenizer import Tokenizer
 
 
 class Model(Runner):
-    """See the module. Made by `dgemma.load`; not thread-safe."""
+    """A loaded model, see the module. `dgemma.load` makes it; it is not thread-safe."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Model(Runner):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """PromptError where the checkpoint has none."""
+        """The checkpoint's tokenizer; PromptError if it has none."""
         if self._tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
         return self._tokenizer
@@ -58,10 +58,10 @@ class Model(Runner):
         entropy_bound: float | None = None,
         soft_bound: float = 0.0,
     ) -> Step:
-        """One denoising step of canvas [B, L]: what `see` sees, and what the sampler makes of it.
+        """One denoising step of canvas [B, L] ids: `see`, then the sampler.
 
-        `noise` [B, L] are the tokens that positions outside the entropy bound (default: the checkpoint's) are
-        refilled with.
+        Positions outside the entropy bound (default: the checkpoint's) are refilled from `noise` [B, L], even
+        if an earlier step accepted them. `noise` is int64; the other arguments are those of `see`.
         """
         seen = self.see(context, canvas, soft, temperature, uniforms, soft_bound)
         return refined(seen, noise, self.generation.entropy_bound if entropy_bound is None else entropy_bound)
@@ -79,10 +79,10 @@ class Model(Runner):
         """Replies to one prompt or a batch, as events; every row ends with a `Done`.
 
         `prompt` is a conversation (list of messages), a list of token ids, or a list of either. `settings`
-        override the checkpoint's `GenerationConfig` by field name. Without a `seed` one is drawn and
-        reported. `row_ids` key each row's noise; by default an id follows from the prompt itself, so that a
-        row draws the same alone and in a batch. Closing the iterator stops within a step. PromptError and
-        ConfigError are raised before the first event.
+        override the checkpoint's `GenerationConfig` by field name. A missing `seed` is drawn and reported.
+        `row_ids` key each row's noise. The default id follows from the prompt itself, so that a row draws the
+        same noise alone and in a batch. Closing the iterator stops within a step. PromptError and ConfigError
+        come before the first event.
         """
         config = self.generation.override(**settings)
         return generate(self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids)

@@ -1,4 +1,4 @@
-"""The sampler's numbers, and how generation_config.json says them."""
+"""The sampler's numbers, and how generation_config.json spells them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dgemma.files import Reader
 
 
 class Settings(TypedDict, total=False):
-    """What a call may change of a `GenerationConfig`, by field name; None leaves it as it is."""
+    """The fields of a `GenerationConfig` that a call may change; None keeps the old value."""
 
     steps: int | None
     t_max: float | None
@@ -34,11 +34,11 @@ class GenerationConfig:
     t_max: float
     t_min: float
     entropy_bound: float  # nats
-    stability: int  # argmax canvas unchanged for so many steps
+    stability: int  # steps for which the argmax canvas must not change
     confidence: float  # nats, mean entropy
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    soft_bound: float = 0.0  # probability that a soft embedding may leave out; in no file, 0 is the reference
+    soft_bound: float = 0.0  # probability that a soft embedding may leave out; no file has it, 0 is exact
 
     def override(self, **changes: Any) -> GenerationConfig:
         """A copy with the given fields changed (None means unchanged), checked."""
@@ -74,8 +74,8 @@ class GenerationConfig:
         return self
 
 
-# What a file means that does not say, or says null, as every model that transformers saves untouched:
-# transformers' own defaults, which are the released numbers.
+# The meaning of an absent or null value, as in every file that transformers saves untouched: transformers'
+# own defaults, which are the released numbers.
 _SAMPLER_DEFAULTS: dict[str, Any] = {
     "max_denoising_steps": 48,
     "t_max": 0.8,
@@ -93,12 +93,12 @@ def read_generation_config(
     where: str = "generation_config.json",
     config: Mapping[str, Any] | None = None,
 ) -> GenerationConfig:
-    """GenerationConfig from the dictionary of generation_config.json, None where there is no such file.
+    """GenerationConfig from the dictionary of generation_config.json; `data` is None without that file.
 
-    `config` is the dictionary of config.json: its own "generation_config" (mlx-community) stands in for
-    the file, its eos_token_id for stop ids that the file does not give. `vocab_size` bounds those.
-    Numbers that are absent or null are the reference's defaults. Raises ConfigError for a sampler that
-    is not the entropy-bound one, a value of the wrong type or outside its range.
+    `config` is the dictionary of config.json. Its own "generation_config" (mlx-community) stands in for
+    the file, its eos_token_id for missing stop ids. `vocab_size` bounds those. Absent or null numbers take
+    the reference's defaults. ConfigError for a sampler other than the entropy-bound one, and for a value of
+    the wrong type or outside its range.
     """
     config = config or {}
     given = Reader(data if data is not None else config.get("generation_config") or {}, where).data
@@ -115,6 +115,7 @@ def read_generation_config(
         stability=top.get("stability_threshold", int),
         confidence=top.number("confidence_threshold"),
         max_new_tokens=top.size("max_new_tokens"),
+        # The file wins: config.json's list lacks <|tool_response>, and a tool call would never end.
         stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
     )
     try:

@@ -1,7 +1,7 @@
-"""A folder whose configuration and tensors are checked against each other, and the weights that it holds.
+"""A folder whose configuration and tensors are checked against each other, and its weights.
 
 Every header is checked against its file, the index and the configuration before the first weight is read.
-Values are not looked at: to scan 51 GB for NaN would double the time of a load. `dgemma.reports.verify` does.
+A load does not look at values: scanning 51 GB for NaN would double its time. `dgemma.reports.verify` does.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from dgemma.settings import GenerationConfig, read_generation_config
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose configuration and tensors were checked against each other; no weight is read yet."""
+    """A folder whose configuration and tensors fit each other; no weight is read yet."""
 
     folder: Path
     config: Config
     generation: GenerationConfig
     layout: Layout
-    entries: Mapping[str, Entry]  # every stored tensor by name, those of the vision tower included
-    sources: Mapping[str, Source]  # how each parameter is stored, by its name in the parameter table
+    entries: Mapping[str, Entry]  # every stored tensor by name, vision tower included
+    sources: Mapping[str, Source]  # the storage of each parameter, by its name in the parameter table
 
     @classmethod
     def open(cls, folder: str | Path, check: bool = True) -> Checkpoint:
         """Read the headers of a folder.
 
         ConfigError for config.json and generation_config.json, CheckpointError for the tensors. Values
-        are not read, so NaN and infinities pass (see the module). Without `check` tensors may be missing,
-        wrong, or not what is announced: `contradictions` and `faults` list it all, and such a checkpoint is
-        for looking at only.
+        are not read, so NaN and infinities pass (see the module). `check=False` lets tensors be missing,
+        wrong, or other than announced: `contradictions` and `faults` list it all. Such a checkpoint is for
+        looking only.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -76,19 +76,19 @@ class Checkpoint:
         return checkpoint
 
     def contradictions(self) -> list[str]:
-        """Where the tensors deny the quantization that config.json announces, or its silence."""
+        """Where the tensors contradict the quantization that config.json announces, or its silence."""
         return list(find_contradictions(self.layout, list(self.sources.values()), self.entries))
 
     def faults(self) -> list[Fault]:
-        """Every tensor that is not as the parameter table and the layout want it."""
+        """Every tensor that differs from the parameter table and the layout."""
         wanted = {piece.name: piece for source in self.sources.values() for piece in source.pieces}
         return list(find_faults(wanted, self.entries))
 
     def read(self, name: str) -> Stored | Quantized:
         """A parameter as it is stored: a tensor, or a record whose fields are `Stored`.
 
-        Stacks of experts that a format takes apart are put together in memory of their own; everything
-        else is a map of its file.
+        A stack of experts that a format takes apart is put together in memory of its own. Everything else is
+        a map of its file.
         """
         source = self.sources[name]
         if source.form is None:
@@ -102,7 +102,7 @@ class Checkpoint:
     def load(self, ops: Ops, progress: Progress | None = None) -> Weights:
         """The text model's weights on the device of `ops`.
 
-        Each tensor is read once, in file order, so memory stays about one parameter above the weights.
+        Each tensor is read once, in file order, so memory peaks about one parameter above the weights.
         `progress(done, total)` counts stored bytes.
         """
         table = sorted(text_parameters(self.config), key=self._position)
@@ -119,12 +119,13 @@ class Checkpoint:
         return build(self.config, table, leaf, constants(self.config, ops), ops)
 
     def _leaf(self, ops: Ops, param: Param) -> Any:
+        """A parameter on the device: an array of its shape, or a record."""
         stored = self.read(param.name)
         if isinstance(stored, Quantized):
             record = ops.upload(stored)
-            if param.wide:
+            if param.wide:  # the router: its logits must be wide, as they tie in bfloat16
                 return dequantize(ops, record)
-            # Rows of the embedding are looked up, too, and stay as they are.
+            # Tokens and self-conditioning look up rows of the embedding, so its rows stay as they are.
             return record if param.group == "embed" else ops.arrange(record, str(param.path[-1]))
         return ops.load(stored, wide=param.wide)
 

@@ -1,4 +1,4 @@
-"""What the tensors must be, and what is wrong with them."""
+"""The tensors that a checkpoint must have, and what is wrong with those that it has."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 
 
 def find_announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] | None, str]:
-    """What a folder says of its quantization, and the file that says it.
+    """A folder's announcement of its quantization, and the file that holds it.
 
-    Older ModelOpt exports say it in a file of their own only.
+    Older ModelOpt exports announce it only in hf_quant_config.json.
     """
     path = folder / HF_QUANT_CONFIG
     if config.quantization is not None or not path.exists():
@@ -40,7 +40,7 @@ def find_announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] |
 def find_contradictions(
     layout: Layout, sources: Sequence[Source], entries: Mapping[str, Entry]
 ) -> Iterator[str]:
-    """Where the tensors' names deny what is announced; `find_faults` has those that are not as announced."""
+    """Where the tensors' names contradict the announcement; `find_faults` finds single wrong tensors."""
     if not layout.announces():
         yield from _unannounced(entries)
     for source in sources:
@@ -55,7 +55,7 @@ def find_contradictions(
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one tensor: `kind` completes "3 tensors …", `text` names it and says the rest."""
+    """What is wrong with one tensor. `kind` completes "3 tensors …"; `text` names it and gives details."""
 
     kind: str
     name: str
@@ -64,7 +64,7 @@ class Fault:
 
 
 def find_faults(wanted: Mapping[str, Piece], entries: Mapping[str, Entry]) -> Iterator[Fault]:
-    """All that is missing, unknown, of the wrong type or shape, in this order."""
+    """All tensors that are missing, unknown, of the wrong type or of the wrong shape, in this order."""
     known = [(entry, wanted[name]) for name, entry in entries.items() if name in wanted]
     for name in wanted:
         if name not in entries:
@@ -83,7 +83,7 @@ def find_faults(wanted: Mapping[str, Piece], entries: Mapping[str, Entry]) -> It
 
 
 def summary(faults: Sequence[Fault]) -> str:
-    """Each kind with its number and its first tensors, in one line."""
+    """Each kind of fault with its number and its first tensors, in one line."""
     kinds: dict[str, list[str]] = {}
     for fault in faults:
         kinds.setdefault(fault.kind, []).append(fault.text)
@@ -92,12 +92,13 @@ def summary(faults: Sequence[Fault]) -> str:
 
 def _looks_quantized(entry: Entry) -> bool:
     """Whether a tensor has a name or a type that only quantized formats use."""
+    # Plain weights are floats of 16 bits or more: integers and 8-bit types are codes.
     own = _QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype)
     return own is not None and not is_skipped(entry.name)
 
 
 def _unannounced(entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Quantized tensors of a checkpoint whose config.json does not say so: which format, nobody knows."""
+    """Quantized tensors of a checkpoint whose config.json does not say so: their format is unknown."""
     suspects = [
         f"{entry.name!r} is {entry.dtype} in {entry.file.name}"
         for entry in entries.values()

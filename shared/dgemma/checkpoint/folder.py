@@ -15,15 +15,16 @@ INDEX = "model.safetensors.index.json"
 
 
 def shards(folder: Path) -> list[Path]:
-    """The files that a folder's index names, there or not; without an index, all that are there."""
+    """The files that a folder's index names, present or not; without an index, all that are present."""
     index = folder / INDEX
     if index.exists():
         return [folder / shard for shard in sorted(set(_weight_map(index).values()))]
+    # macOS leaves hidden files such as ._model.safetensors beside copies.
     return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
 
 
 def find_tensors(folder: Path) -> tuple[Path, dict[str, Entry]]:
-    """The index or only safetensors file of a folder, and its tensors by name."""
+    """A folder's index, or its only safetensors file, and its tensors by name."""
     index = folder / INDEX
     if index.exists():
         return index, _indexed(index)

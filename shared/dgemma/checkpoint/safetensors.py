@@ -1,8 +1,8 @@
-"""safetensors files: their headers, checked, and tensors as maps of their file.
+"""safetensors files: their checked headers, and tensors as maps of their file.
 
-Headers are read here and not by the safetensors library: its NumPy side has no bfloat16, and its errors name
-neither file nor tensor. The price is a hundred lines of checks, which are also what stands between a damaged
-download and the model.
+This module reads headers itself, without the safetensors library: its NumPy side has no bfloat16, and its
+errors name neither file nor tensor. The price is a hundred lines of checks. They also keep a damaged download
+from the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from dgemma.errors import CheckpointError
 from dgemma.formats.stored import Stored
 
-# How each type of the format is seen in NumPy; types that it lacks are raw integers of their width.
+# The NumPy type of each type of the format. Types that NumPy lacks are raw integers of their width.
 DTYPES = {
     "BF16": "<u2",
     "F16": "<f2",
@@ -58,10 +58,10 @@ class Entry:
         return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
     def read(self) -> Stored:
-        """The tensor over a memory map of its own, which is released with it; nothing is copied."""
+        """The tensor over its own memory map, which is released with it; nothing is copied."""
         kind = np.dtype(DTYPES[self.dtype])
         try:
-            # A map of no bytes is an error to the operating system.
+            # The operating system refuses a map of no bytes.
             data = (
                 np.memmap(self.file, kind, "r", self.offset, self.shape)
                 if self.nbytes
@@ -75,18 +75,19 @@ class Entry:
 def read_header(file: Path) -> list[Entry]:
     """The tensors of a safetensors file in file order; CheckpointError names the file and the tensor.
 
-    The format: 8 bytes little-endian header length, the header as JSON, the data. Offsets count from
+    The format: 8 bytes of little-endian header length, the header as JSON, the data. Offsets count from
     the start of the data, which the tensors fill without a hole.
     """
     header, start, size = _header(file)
     entries = [_entry(file, name, fact, start) for name, fact in header.items() if name != "__metadata__"]
+    # An empty tensor shares its offset with the next one and must come first.
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_layout(file, entries, start, size)
     return entries
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the data starts, and the file's size."""
+    """The header, the start of the data, and the file's size."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -116,7 +117,7 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key that occurs twice, where `json` would keep the last."""
+    """A JSON object; ValueError for a key that occurs twice, as `json` would keep the last."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -145,14 +146,14 @@ def _entry(file: Path, name: str, fact: Any, start: int) -> Entry:
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of few non-negative integers (True is not one)."""
+    """Whether `value` is a list of a few non-negative integers; True is none."""
     return (
         isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
     )
 
 
 def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> None:
-    """Tensors in file order must follow each other without overlap or hole, to the file's end."""
+    """Raise unless tensors in file order fill the file without overlap or hole, to its end."""
     end = start
     for entry in entries:
         if entry.offset != end:

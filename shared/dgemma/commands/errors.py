@@ -1,4 +1,4 @@
-"""Errors of a command, in one line each."""
+"""Errors of commands, one line each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-# Each framework has its own exception for it, and importing one to name it would cost seconds.
+# Each framework has its own exception for this. Importing one only to name it would cost seconds.
 _OUT_OF_MEMORY = ("out of memory", "insufficient memory", "[metal::malloc]", "not enough memory")
 _MEMORY_ADVICE = "take a shorter prompt, fewer rows or --dtype bfloat16; `dgemma info` says what is needed"
 
@@ -38,7 +38,7 @@ class OneLine(click.Command):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         run: Callable[..., Any] = super().main
-        if not standalone_mode:
+        if not standalone_mode:  # the caller wants the exceptions
             return run(*args, standalone_mode=False, **extra)
         try:
             code = run(*args, standalone_mode=False, **extra)
@@ -47,7 +47,7 @@ class OneLine(click.Command):
             sys.exit(INTERRUPTED)
         except DgemmaError as error:
             _fail(str(error), 1)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # PyTorch and MLX raise RuntimeError
             if not is_out_of_memory(error):
                 raise
             _fail(f"out of memory ({first_line(error)}); {_MEMORY_ADVICE}", 1)
@@ -56,4 +56,4 @@ class OneLine(click.Command):
             _fail(error.format_message().rstrip(".") + hint, error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code if isinstance(code, int) else 0)  # some commands return their exit code

@@ -1,4 +1,4 @@
-"""`dgemma generate`: a request becomes replies, watched or not, printed or as JSON."""
+"""`dgemma generate`: a request becomes replies, live or not, as text or JSON."""
 
 from __future__ import annotations
 
@@ -121,11 +121,11 @@ def _heading(row: int, prompt: str) -> str:
 
 
 def print_reply(reply: Done) -> None:
-    """The answer on stdout; thoughts, and what a reader may wonder about, on stderr."""
+    """Print the answer on stdout; thoughts, and why an answer is cut or empty, on stderr."""
     if reply.thinking:
         click.secho(_safe(reply.thinking, sys.stderr), dim=True, err=True)
     if reply.text:
-        click.echo(_safe(reply.text, sys.stdout), color=True)  # else click drops what looks like a colour
+        click.echo(_safe(reply.text, sys.stdout), color=True)  # without it click drops colour codes
     for call in reply.tool_calls:
         click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
     if reply.finish_reason == "length":
@@ -135,7 +135,7 @@ def print_reply(reply: Done) -> None:
 
 
 def _safe(text: str, stream: IO[str]) -> str:
-    """Text as it is, but without control characters where a terminal would obey them."""
+    """Text unchanged, but without control characters on a terminal, which would obey them."""
     if not stream.isatty():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else "\ufffd" for c in text)
@@ -146,7 +146,7 @@ def _record(reply: Done, model: Model, name: str | None) -> dict[str, Any]:
 
 
 def _dtype(model: Model) -> str:
-    """What activations are quantized to, else the compute type."""
+    """The format of quantized activations, else the compute type."""
     return model.ops.activations or model.ops.dtype_name
 
 

@@ -96,7 +96,7 @@ def number_option(name: str, kind: click.ParamType, help: str, *field: str) -> C
     return click.option(name, *field, type=kind, metavar="N", help=help)
 
 
-# Named as the fields of GenerationConfig; where one is not given, the checkpoint's number holds.
+# Options have the names of GenerationConfig's fields. The checkpoint's number holds for a missing one.
 sampler_options = _options(
     number_option("--max-tokens", _AT_LEAST_1, "Tokens of a reply at most.", "max_new_tokens"),
     number_option("--steps", _AT_LEAST_1, "Denoising steps a canvas at most."),

@@ -1,4 +1,4 @@
-"""What a terminal shows while something takes long."""
+"""Progress of long work on a terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.console import Console
 
 from dgemma.network.ops import Notices
 
-PATIENCE = 1.0  # seconds that work may take before anything is said about it
-AGAIN = 10.0  # and until it is said how far it has come
+PATIENCE = 1.0  # seconds of work before the first word about it
+AGAIN = 10.0  # seconds between two lines after that
 
 
 def stderr_console() -> Console:
@@ -25,7 +25,7 @@ def stderr_console() -> Console:
 def progress_bar(
     console: Console, label: str, in_bytes: bool = False
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, from the second that the work has taken one; gone when it is done."""
+    """A bar on a terminal, once the work has taken a second; it goes when the work is done."""
     began = time.monotonic()
     amount = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.TaskProgressColumn(),)
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amount, rich.TimeRemainingColumn())
@@ -42,12 +42,12 @@ def progress_bar(
     try:
         yield update
     finally:
-        if bar.live.is_started:  # else `stop` prints an empty line
+        if bar.live.is_started:  # `stop` would print an empty line otherwise
             bar.stop()
 
 
 class TerminalNotices(Notices):
-    """What a backend has to say, on stderr."""
+    """Prints a backend's notices on stderr."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -61,9 +61,9 @@ class TerminalNotices(Notices):
 
 @contextmanager
 def _announced(console: Console, progress: Callable[[], str], what: str) -> Iterator[None]:
-    """A line on a terminal once the work has taken a second, then how far it is every ten.
+    """Prints a line on a terminal once the work has taken a second, then its progress every ten.
 
-    From a thread, as the work is a single call; and no bar, as a live canvas may be on the screen already.
+    A thread prints, as the work is a single call. There is no bar, as a live canvas may be on the screen.
     """
     if not console.is_terminal:
         yield

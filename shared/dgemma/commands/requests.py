@@ -16,7 +16,7 @@ from dgemma.text.chat import check_messages
 def read_request(
     prompts: Sequence[str], messages: IO[str] | None, system: str | None, tools: IO[str] | None
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]] | None]:
-    """Conversations, one a row, and the tools, from whichever options were given."""
+    """Conversations, one for each row, and the tools, from the given options."""
     if prompts and messages:
         raise click.UsageError("--prompt and --messages exclude each other.", click.get_current_context())
     if messages and tools and messages.name == tools.name == "<stdin>":
@@ -38,7 +38,7 @@ def read_request(
 
 def _stdin() -> str:
     ctx = click.get_current_context()
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():  # None without a console, as under pythonw
         raise click.UsageError("Nothing to answer: give --prompt or --messages, or pipe a text in.", ctx)
     try:
         text = sys.stdin.read().rstrip("\n")
@@ -52,7 +52,7 @@ def _stdin() -> str:
 def _json(file: IO[str]) -> Any:
     try:
         return json.loads(file.read())
-    except (ValueError, RecursionError) as error:  # ValueError: what is no UTF-8, too
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
         raise PromptError(f"{file.name}: not readable as JSON ({error})") from None
 
 

@@ -1,4 +1,4 @@
-"""`dgemma verify`: what is wrong with a checkpoint, and how far it is from another."""
+"""`dgemma verify`: a checkpoint's faults, and its distance from another."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
     dgemma verify ./converted --against ./original
     """
     folder, console = resolve(model), stderr_console()
-    # What is wrong with the other checkpoint or the backend is said before minutes of reading.
+    # Errors of the other checkpoint or the backend come before minutes of reading.
     pair = comparison.pair(folder, against) if against is not None else None
     ops = make_ops(backend, notices=TerminalNotices(console)) if pair and pair[0] and logits else None
     with progress_bar(console, "checking values", in_bytes=True) as progress:

@@ -1,4 +1,7 @@
-"""What a generation says while it runs."""
+"""The events of a generation.
+
+L canvas positions
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from dgemma.text.chat import ToolCall
 
 @dataclass(frozen=True)
 class Prefill:
-    """Prompt slots encoded so far, of all."""
+    """`done` of `total` prompt slots are encoded."""
 
     done: int
     total: int
@@ -22,8 +25,8 @@ class Prefill:
 class Draft:
     """A row's canvas after one step.
 
-    `tokens` [L] is the argmax canvas, `accepted` [L] says which positions kept their sample, `entropy`
-    [L] is in nats. `step` counts from 1.
+    `tokens` [L] int64 is the argmax canvas, `accepted` [L] bool marks positions that kept their sample,
+    `entropy` [L] float32 is in nats. `step` counts from 1, `canvas` from 0.
     """
 
     row: int
@@ -36,7 +39,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Committed:
-    """A row's canvas is final. `tokens` are its new ids, stop token included; `text` the new raw text."""
+    """A row's canvas is final. `tokens` are its new ids, stop token included; `text` is the new raw text."""
 
     row: int
     canvas: int
@@ -46,9 +49,9 @@ class Committed:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a reply cost, by a wall clock that stops while the consumer holds an event.
+    """The cost of a reply, by a wall clock that stops while the consumer holds an event.
 
-    Rows of a batch share the clock: it runs from the first event's request to the row's end.
+    Rows of a batch share the clock. It runs from the request of the first event to the row's end.
     """
 
     prompt_tokens: int

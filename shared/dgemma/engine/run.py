@@ -1,8 +1,10 @@
 """The loop above the graph: canvases, commits and the rows of a batch, as a stream of typed events.
 
-A canvas is denoised until it is stable and confident, committed, and encoded into the context; the
+A canvas is denoised until it is stable and confident, committed, and encoded into the context. Then the
 next one begins. A row that stopped leaves the batch at once: its canvas costs no more steps, its reply
 no more canvases. The last canvas of a reply is not encoded, because nothing would read it.
+
+    B rows  L canvas positions
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class _Row:
     dense: float = 0.0  # shares of the steps, added up
 
     def add(self, step: Step, place: int, seconds: float) -> None:
-        """A step in which this is row `place`."""
+        """Count a step in which this row is row `place` of the batch."""
         self.steps += 1
         self.step_seconds += seconds
         self.dense += float(step.dense[place].mean())
@@ -61,7 +63,7 @@ def generate(
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
-    Without a `tokenizer` prompts are token ids, and replies have no text.
+    `tokenizer` may be None: prompts are token ids then, and replies have no text.
     """
     prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
     ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
@@ -85,7 +87,7 @@ def _prompts(
     tools: Sequence[dict[str, Any]] | None,
     thinking: bool,
 ) -> list[list[int]]:
-    """Token ids of each row, whatever form the prompt came in."""
+    """Token ids of each row, from any form of prompt."""
     if not isinstance(prompt, list | tuple | np.ndarray) or not len(prompt):
         raise PromptError("a prompt is a list of messages, a list of token ids, or a list of either")
     many = prompt if isinstance(prompt[0], list | tuple | np.ndarray) else [prompt]
@@ -101,7 +103,7 @@ def _prompts(
 
 
 class _Run:
-    """One call of `generate`: its rows, its clock."""
+    """One call of `generate`, with its rows and its clock."""
 
     def __init__(
         self,
@@ -123,9 +125,10 @@ class _Run:
             for event in self._events():
                 held = time.perf_counter()
                 yield event
-                self.began += time.perf_counter() - held
+                self.began += time.perf_counter() - held  # the consumer's time is not ours
 
     def _events(self) -> Iterator[Event]:
+        """Encode, denoise and commit canvas by canvas, until no row is active."""
         context: Context | None = None
         active, fresh = self.rows, [row.prompt for row in self.rows]
         while active:
@@ -143,7 +146,8 @@ class _Run:
                 active, context = [active[i] for i in alive], context.fork(alive) if alive else None
 
     def _prefill(self, tokens: list[list[int]], context: Context | None) -> Generator[Event, None, Context]:
-        """Encode the prompts, with events, or the committed canvases, without; returns the context."""
+        """Encode the prompts, with events, or later the committed canvases, without; returns the context."""
+        # The old context ends here: holding it would double the keys and values.
         prefill = self.runner.prefill(tokens, context, consume=True)
         while True:
             try:
@@ -155,11 +159,12 @@ class _Run:
                 yield Prefill(done, total)
 
     def _canvas(self, context: Context, rows: list[_Row]) -> Generator[Event, None, np.ndarray]:
-        """Denoise one canvas of every row; returns the committed canvases [B, L]."""
+        """Denoise one canvas of every row; returns the argmax canvases [B, L] int64 to commit."""
         config, L, vocab = self.config, self.runner.config.canvas_length, self.runner.config.vocab_size
         final = np.zeros((len(rows), L), np.int64)
         live = np.arange(len(rows))
         noise = self._noise(rows, vocab)
+        # A canvas starts without the last one's soft embedding.
         canvas, soft = noise.start(config.steps, L), None
         stop = sampler.Stop(config, len(rows))
         sparse = True
@@ -169,8 +174,8 @@ class _Run:
             heat, bound = sampler.temperature(config, n), config.soft_bound if sparse else 0.0
             seen = self.runner.see(context, canvas, soft, heat, uniforms, soft_bound=bound)
             step = sampler.refined(seen, fresh, config.entropy_bound)
-            # Where most rows turn out dense, looking for sparse ones costs a backend more than it saves: then
-            # the next step does not look, and the one after it does.
+            # Looking for sparse rows costs a backend more than it saves if most turn out dense. The next step
+            # does not look then, and the one after it does.
             sparse = step.missing is None or step.dense.mean() <= 0.5
             spent = time.perf_counter() - started
             for place, row in enumerate(live):
@@ -181,7 +186,7 @@ class _Run:
                     step.entropy[place],
                 )  # fmt: skip
             done = stop(step.argmax, step.entropy)
-            final[live] = step.argmax
+            final[live] = step.argmax  # the argmax is committed, never the sample
             if done.all():
                 break
             canvas, soft = step.canvas, step.soft
@@ -194,13 +199,14 @@ class _Run:
         return final
 
     def _noise(self, rows: list[_Row], vocab: int) -> sampler.Noise:
+        """The randomness of these rows, each on its current canvas."""
         return sampler.Noise(self.seed, tuple(row.id for row in rows), [row.canvases for row in rows], vocab)
 
     def _commit(self, row: _Row, canvas: np.ndarray) -> Generator[Event, None, str | None]:
-        """Append a final canvas to its reply; returns the finish reason, None while it goes on."""
+        """Append a final canvas [L] to its reply; returns the finish reason, None while it goes on."""
         room = self.config.max_new_tokens - len(row.tokens)
         stops = np.flatnonzero(np.isin(canvas, self.config.stop_ids))
-        stopped = len(stops) > 0 and stops[0] < room
+        stopped = len(stops) > 0 and stops[0] < room  # a stop beyond the limit does not count
         new = [int(token) for token in (canvas[: stops[0] + 1] if stopped else canvas[:room])]
         row.tokens += new
         row.canvases += 1
@@ -211,7 +217,7 @@ class _Run:
         return "length" if len(row.tokens) >= self.config.max_new_tokens else None
 
     def _new_text(self, row: _Row, final: bool) -> str:
-        """Raw text that the reply gained; a character cut in half by the canvas edge waits for its rest."""
+        """New raw text of the reply. A character that the canvas edge cuts in half waits for its rest."""
         if self.tokenizer is None:
             return ""
         text = self.tokenizer.decode(row.tokens)
@@ -244,5 +250,6 @@ class _Run:
         if self.tokenizer is None:
             return Done(row.index, row.tokens, "", "", (), reason, stats)
         reply = self.tokenizer.reply(row.tokens)
+        # A reply that the limit cut stays "length", even with a whole call in it.
         reason = "tool_calls" if reply.tool_calls and reason == "stop" else reason
         return Done(row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats)

@@ -1,4 +1,7 @@
-"""How a matrix becomes a record: float32 values to codes, scales and factors of every form."""
+"""How a matrix becomes a record: float32 values to codes, scales and factors of every form.
+
+O outputs (rows)  I inputs  R rows of a block
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from dgemma.formats.quantized import Form, Quantized
 
 
 def quantize(x: np.ndarray, form: Form) -> Quantized:
-    """The record of float32 x [..., O, I], fields NumPy arrays; scales of affine are float32 of bf16 values.
+    """The record of float32 x [..., O, I], in NumPy arrays; affine scales are bf16 values in float32.
 
-    Scales are rounded to what is stored before codes are chosen, so that codes make up for the rounding.
-    NVFP4 gets one float32 factor a matrix [..., 1], its largest magnitude / (6 · 448), as ModelOpt does;
-    `fold` takes it away for MLX. FP8 gets a factor a row, its largest magnitude / 448.
+    Scales are rounded to the stored type before codes are chosen, so that codes make up for the rounding.
+    NVFP4 gets one float32 factor [..., 1] for each matrix, its largest magnitude / (6 · 448), as ModelOpt
+    does. MLX has no place for it; `blocks` makes a record without. FP8 gets a factor [..., O] for each row,
+    its largest magnitude / 448.
     """
     assert form.fits(x.shape[-1]), (x.shape, form)
     if form.is_affine:
@@ -32,7 +36,7 @@ def quantize(x: np.ndarray, form: Form) -> Quantized:
 
 
 def blocks(x: np.ndarray, form: Form, factor: np.ndarray | None) -> Quantized:
-    """Codes and block scales of x [..., O, I] for a given factor [..., 1 or O]."""
+    """The record of float32 x [..., O, I] with block scales, for a float32 factor [..., 1 or O] or none."""
     if factor is None:
         return Quantized(form, *_in_blocks(lambda rows: _blocks(rows, form), x))
     rows = np.broadcast_to(factor, x.shape[:-1])
@@ -40,14 +44,14 @@ def blocks(x: np.ndarray, form: Form, factor: np.ndarray | None) -> Quantized:
     return Quantized(form, codes, scales, factor=factor)
 
 
-# The largest magnitude over the scale that a block of MXFP4 may have: a peak clipped from 7.25 to 6 costs
-# less than a grid twice as coarse. Normal values lose 3 % less than with 6, and least from 7 to 7.5.
+# The largest magnitude over scale in a block of MXFP4. A peak clipped from 7.25 to 6 costs less than a grid
+# twice as coarse: normal values lose 3 % less than with 6, and least from 7 to 7.5.
 MXFP4_PEAK = 7.25
-CACHED = 1 << 17  # weights encoded at a time: their temporaries stay in a core's cache, which halves the time
+CACHED = 1 << 17  # weights encoded at a time: temporaries fit a core's cache, which halves the time
 
 
 def _in_blocks(encode: Callable[..., tuple[np.ndarray, ...]], x: np.ndarray, *more: np.ndarray) -> Any:
-    """`encode` over blocks of rows of x [..., O, I], and of what `more` [..., O] there is for a row."""
+    """The fields [..., O, n] that `encode` makes of x [..., O, I] and `more` [..., O], a block at a time."""
     lead, rows = x.shape[:-1], x.reshape(-1, x.shape[-1])
     others = [y.reshape(-1) for y in more]
     step = max(1, CACHED // x.shape[-1])
@@ -57,12 +61,13 @@ def _in_blocks(encode: Callable[..., tuple[np.ndarray, ...]], x: np.ndarray, *mo
 
 
 def _blocks(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """Packed codes [R, I·bits/8] and scale codes [R, I/group], both uint8, of float32 x [R, I]."""
     groups = x.reshape(len(x), -1, form.group)
     peak = np.abs(groups).max(-1)
     small = form.code_type == "E2M1"
     if form.scale_type == "E4M3":
         scales = nvfp4.encode_e4m3(peak / np.float32(nvfp4.E2M1_MAX))
-        scales = np.maximum(scales, 1)  # never zero, which `verify` takes for damage
+        scales = np.maximum(scales, 1)  # never zero: `verify` takes that for damage
     else:
         scales = nvfp4.encode_e8m0(peak / np.float32(MXFP4_PEAK if small else nvfp4.E4M3_MAX))
     encode = nvfp4.encode_e2m1 if small else nvfp4.encode_e4m3
@@ -72,10 +77,10 @@ def _blocks(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _affine(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """MLX's affine scheme: code · scale + bias, where the edge of larger magnitude is met exactly.
+    """MLX's affine scheme for float32 x [R, I]: packed codes, scales and biases [R, I/group] float32.
 
-    The bias is that edge, the scale runs towards the other one, and zero is nearly a code: weights lie
-    around it.
+    A value is code · scale + bias. The bias is the edge of larger magnitude, which is met exactly; the scale
+    runs towards the other edge. Zero is nearly a code, as weights lie around it.
     """
     steps = np.float32(2**form.bits - 1)
     groups = x.reshape(len(x), -1, form.group)
@@ -91,17 +96,17 @@ def _affine(x: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 values rounded to bfloat16, nearest and ties to even; still float32."""
+    """float32 values of any shape rounded to bfloat16, nearest and ties to even; still float32."""
     return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32)
 
 
 def bf16_bits(x: np.ndarray) -> np.ndarray:
-    """float32 `x` as bfloat16, the raw uint16: nearest, ties to even; NaN stays NaN."""
+    """float32 `x` of any shape as raw bfloat16 in uint16: nearest, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _positive(x: np.ndarray) -> np.ndarray:
-    """`x` as float32, 1 where it is 0: a matrix of zeros has no scale of its own."""
+    """`x` of any shape as float32, with 1 in place of 0: a matrix of zeros has no scale of its own."""
     return np.where(x > 0, x, 1).astype(np.float32)

@@ -1,12 +1,13 @@
-"""Quantized weights as records: what is stored of a matrix, and how a matrix becomes a record.
+"""Quantized weights as records: the stored fields of a matrix, and the forms that they have.
 
-A record is a type of weight. `Ops.linear` and `Ops.expert_linear` accept it wherever they accept an
-array, and the graph cannot tell. One shape of record covers every format on the hub:
+A record is a type of weight. `Ops.linear` and `Ops.expert_linear` accept it in place of an array, and the
+graph cannot tell. One kind of record covers every format on the hub:
 
     value = code · scale (+ bias) · factor        (or / factor, in compressed-tensors)
 
-with a scale (and bias) for a group of adjacent inputs and a float32 factor a matrix or a row. What differs
-is how code and scale are written; `Ops.dequantize` defines the decoding, `quantize` the encoding.
+Each group of adjacent inputs has a scale (and bias), each matrix or row a float32 factor. Formats differ in
+how they write code and scale. `dgemma.network.ops.decoding.dequantize` defines the decoding,
+`dgemma.formats.encode.quantize` the encoding.
 
     O outputs (rows)  I inputs  E experts
 """
@@ -23,8 +24,7 @@ from dgemma.errors import ConfigError
 
 Array = Any
 
-# Number types of codes and of scales by mode. None: codes count from 0 (affine), scales are floats or there
-# are none.
+# Number types of codes and of scales by mode. None: codes count from 0 (affine), scales are floats or absent.
 MODES: dict[str, tuple[str | None, str | None]] = {
     "affine": (None, None),
     "mxfp4": ("E2M1", "E8M0"),
@@ -37,7 +37,7 @@ AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 @dataclass(frozen=True)
 class Form:
-    """How a matrix is quantized: the mode, bits a code, and inputs that share a scale (0: the whole row)."""
+    """How a matrix is quantized: mode, bits of a code, and inputs that share a scale (0: the whole row)."""
 
     mode: str
     bits: int
@@ -48,12 +48,12 @@ class Form:
 
     @property
     def code_type(self) -> str | None:
-        """The number type of a code, "E2M1" or "E4M3"; None where codes count from 0."""
+        """The number type of a code, "E2M1" or "E4M3"; None if codes count from 0."""
         return MODES[self.mode][0]
 
     @property
     def scale_type(self) -> str | None:
-        """The number type of a group's scale, "E4M3" or "E8M0"; None for floats, or where there is none."""
+        """The number type of a group's scale, "E4M3" or "E8M0"; None if it is a float or absent."""
         return MODES[self.mode][1]
 
     @property
@@ -63,7 +63,7 @@ class Form:
 
     @property
     def scales_rows(self) -> bool:
-        """Whether a row has one scale, the factor, and no group has any."""
+        """Whether a row's factor is its only scale."""
         return self.group == 0
 
     def fits(self, inputs: int) -> bool:
@@ -77,7 +77,7 @@ _NAMED = {"nvfp4": NVFP4, "mxfp4": MXFP4, "mxfp8": MXFP8, "fp8": FP8}
 
 
 def affine(bits: Any, group: Any) -> Form:
-    """MLX's affine form; ConfigError for widths and groups that it does not have."""
+    """MLX's affine form; ConfigError for widths and groups that MLX lacks."""
     whole = type(bits) is int and type(group) is int  # a file may say 4.0, or true
     if not whole or bits not in AFFINE_BITS or group not in AFFINE_GROUPS:
         raise ConfigError(
@@ -88,7 +88,7 @@ def affine(bits: Any, group: Any) -> Form:
 
 
 def parse_form(text: str) -> Form | None:
-    """The form that a word of the command line names, None for "bf16"; ConfigError names the known ones."""
+    """The form of a word on the command line, None for "bf16"; ConfigError names the known ones."""
     if text == "bf16":
         return None
     if text in _NAMED:
@@ -102,18 +102,18 @@ def parse_form(text: str) -> Form | None:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A quantized matrix [O, I] or stack [E, O, I]; fields are `Stored` of files, or a backend's arrays."""
+    """A quantized matrix [O, I] or stack [E, O, I]. Fields are `Stored`, NumPy or a backend's arrays."""
 
     form: Form
-    codes: Array  # uint8 [..., O, I·bits/8], one stream of bits a row
+    codes: Array  # uint8 [..., O, I·bits/8], one stream of bits for each row
     scales: Array | None = None  # [..., O, I/group]: floats (affine), uint8 codes (mx and nv modes)
     biases: Array | None = None  # floats like scales, affine only
-    factor: Array | None = None  # float32 [..., O], or [..., 1] for one a matrix
+    factor: Array | None = None  # float32 [..., O] by row, or [..., 1] by matrix
     divides: bool = False  # whether the value is divided by the factor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the matrix or stack that the record stands for."""
+        """Shape [..., O, I] of the matrix or stack, not of the codes."""
         return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.form.bits)
 
     @property
@@ -122,13 +122,13 @@ class Quantized:
         return sum(x.nbytes for x in (self.codes, self.scales, self.biases, self.factor) if x is not None)
 
     def map(self, function: Callable[[Array], Array]) -> Quantized:
-        """The record with `function` applied to every field that it has."""
+        """The record with `function` applied to each of its fields."""
         fields = {name: getattr(self, name) for name in ("codes", "scales", "biases", "factor")}
         return replace(self, **{name: function(x) for name, x in fields.items() if x is not None})
 
     def __getitem__(self, index: Array) -> Quantized:
         """Rows of a matrix, or experts of a stack: an index, a slice or an array of indices."""
-        # One factor of a whole matrix stays what it is for some of its rows.
+        # The factor of a whole matrix holds for its rows, too: it is not indexed.
         shared = self.factor is not None and self.factor.shape == (1,)
         part = (replace(self, factor=None) if shared else self).map(lambda x: x[index])
         return replace(part, factor=self.factor) if shared else part

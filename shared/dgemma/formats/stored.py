@@ -12,7 +12,8 @@ import numpy as np
 class Stored:
     """A tensor as a file holds it, or one put together from several of them.
 
-    `data` may be read-only; bfloat16 in it is uint16, 8-bit floats are uint8. See `dgemma.checkpoint`.
+    `data` may be a read-only map of the file: copy it before the file goes. bfloat16 is uint16 in it, 8-bit
+    floats are uint8 (`dgemma.checkpoint.safetensors.DTYPES`).
     """
 
     name: str
@@ -26,12 +27,12 @@ class Stored:
         return self.data.nbytes
 
     def __getitem__(self, rows: slice) -> Stored:
-        """A part along the first axis."""
+        """Rows along the first axis, a view."""
         data = self.data[rows]
         return replace(self, shape=data.shape, data=data)
 
     def to_float32(self) -> np.ndarray:
-        """The values, in memory of their own. Floating-point types of 16 bits and more only."""
+        """The values as float32 in memory of their own, for floating-point types of 16 bits and more."""
         if self.dtype == "BF16":  # the upper half of a float32
             return (self.data.astype(np.uint32) << 16).view(np.float32)
         assert self.data.dtype.kind == "f", self.dtype

@@ -1,4 +1,7 @@
-"""How a flat table of tensors becomes the typed tree of weights, and what no tensor holds."""
+"""How a flat table of tensors becomes the typed tree of weights, and the values that no tensor holds.
+
+C head size
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 def rope_frequencies(layer: LayerConfig) -> np.ndarray:
     """Angle per position of each pair, [C/2] float64: θ^(−2i/C)/factor for the rotated pairs, then 0.
 
-    The exponent runs over the whole head also where only a part rotates (model.md, "proportional").
+    The exponent runs over the whole head, even if only a part rotates (model.md, "proportional").
     """
     pairs = np.arange(layer.head_dim // 2)
     frequencies = layer.rope_theta ** (-2.0 * pairs / layer.head_dim) / layer.rope_factor
@@ -46,8 +49,8 @@ def build(
 ) -> Weights:
     """The tree of a text model: `leaf(param)` supplies each tensor of `table`, in table order.
 
-    `constants` are the fields of Weights that no tensor holds (embed_scale, frequencies); `ops` may put a
-    layer's matrices together as it reads them best.
+    `constants` are the fields of `Weights` that no tensor holds (embed_scale, frequencies). `ops` may stack a
+    layer's matrices.
     """
     tree: dict[str | int, Any] = {}
     for param in table:
@@ -66,6 +69,7 @@ def build(
 
 
 def _layer(node: dict[str, Any], ops: Ops) -> LayerWeights:
+    """One layer from its nested dictionary of arrays, which it empties."""
     parts: dict[str, Any] = {
         "attention": AttentionWeights(**node.pop("attention")),
         "mlp": MlpWeights(**node.pop("mlp")),
@@ -78,7 +82,7 @@ def _layer(node: dict[str, Any], ops: Ops) -> LayerWeights:
 
 
 def constants(config: Config, ops: Ops) -> dict[str, Any]:
-    """The fields of Weights that no tensor holds."""
+    """The fields of `Weights` that no tensor holds: √D as a float, frequencies [C/2] wide by layer kind."""
     layers = {layer.kind: layer for layer in config.layers}
     return {
         "embed_scale": ops.rounded(sqrt(config.hidden_size)),

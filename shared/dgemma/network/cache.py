@@ -1,11 +1,11 @@
 """Keys and values of an encoded context: one small interface, one plain implementation.
 
-Rows of a batch end together: a shorter row has padding at its front, so all rows append, drop and
-window at the same slots. Sliding layers keep their last window − 1 slots and `slack` more, which is
-what `trim` can take back. A backend with fixed-capacity buffers overrides `append` and `read`; a fork
-is independent of its origin whatever either does next.
+Rows of a batch end together. A shorter row has padding at its front, so all rows append, drop and
+window at the same slots. Sliding layers keep their last window − 1 slots and `slack` more; `trim` can take
+back the `slack`. A backend with fixed-capacity buffers overrides `append` and `read`. A fork is independent
+of its origin, whatever either does next.
 
-    B rows  T slots  G KV heads  C head size
+    B rows  G KV heads  n new slots  C head size
 """
 
 from __future__ import annotations
@@ -30,37 +30,41 @@ class Cache:
 
     @property
     def slots(self) -> int:
-        """Slots that a full layer's `read` has."""
+        """Slots that `read` returns for a full layer."""
         return self.length
 
     def append(self, new: Sequence[KV]) -> None:
-        """Add each layer's keys and values [B, G, n, C] behind those that are there.
+        """Add each layer's keys and values [B, G, n, C] behind the old ones.
 
-        Layer by layer: no more than one of them is there twice, unless another cache has it.
+        Layers go one by one, so memory holds at most one layer twice, unless a fork shares it.
         """
         self.length += new[0][0].shape[2]
         self._layers = self._layers or [None] * len(new)
         assert len(new) == len(self._layers), (len(new), len(self._layers))
-        for index, kv in enumerate(new):  # nothing else may name an old layer: it would live on
+        for index, kv in enumerate(new):  # no other name for an old layer here: it would live on
             self._layers[index] = self._joined(self._layers[index], kv, index)
             self.ops.settle(self._layers[index])  # lazy arrays would wait for each other
 
     def _joined(self, old: KV | None, new: KV, index: int) -> KV:
+        """Old and new keys and values [B, G, slots, C] of a layer, cut to what the layer keeps."""
         if old is not None:
             new = self.ops.concat([old[0], new[0]], 2), self.ops.concat([old[1], new[1]], 2)
         return self._last(new, self._kept(index))
 
     def read(self) -> list[KV]:
-        """What a pass may see: everything on full layers, the last window − 1 slots on sliding ones."""
+        """Keys and values [B, G, slots, C] by layer: all on full layers, the last window − 1 on sliding ones.
+
+        window − 1, as the query itself takes one place of the window.
+        """
         return [
             self._last(kv, layer.past)
             for kv, layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
         ]
 
     def fork(self, rows: Sequence[int] | None = None) -> Cache:
-        """A cache of these rows, in this order, each as often as named; of all when None.
+        """A cache of these rows, in this order, each as often as named; None means all rows.
 
-        Nothing here is ever written in place, so arrays are shared where rows stay as they are.
+        No array is ever written in place, so a fork of all rows shares them.
         """
         if rows is None:
             return self._with(list(self._layers), self.length)
@@ -70,7 +74,7 @@ class Cache:
         )
 
     def trim(self, count: int) -> Cache:
-        """A cache without the last `count` slots; ValueError if sliding layers no longer hold enough."""
+        """A cache without the last `count` slots; ValueError if a sliding layer no longer holds enough."""
         most = min([self.length, *self._spare()])
         if not 0 <= count <= most:
             raise ValueError(f"cannot take back {count} of {self.length} slots; at most {most}")
@@ -78,7 +82,7 @@ class Cache:
         return self._with(layers, self.length - count)
 
     def _spare(self) -> list[int]:
-        """Slots beyond the window that each sliding layer which dropped some still holds."""
+        """Slots beyond the window, for each sliding layer that has dropped some."""
         return [
             k.shape[2] - layer.past
             for (k, _), layer in zip(self._layers, self.config.layers, strict=bool(self._layers))
@@ -86,7 +90,7 @@ class Cache:
         ]
 
     def merge(self, others: Sequence[Cache]) -> Cache:
-        """This cache's rows and then the others', shorter ones padded at the front."""
+        """The rows of this cache, then the others'. Shorter ones are padded at the front."""
         caches = [self, *others]
         layers = []
         for parts in zip(*(cache._layers for cache in caches), strict=True):
@@ -105,10 +109,12 @@ class Cache:
         return other
 
     def _kept(self, index: int) -> int | None:
+        """Slots that a layer keeps, None for all."""
         past = self.config.layers[index].past
         return None if past is None else past + self.slack
 
     def _last(self, kv: KV, count: int | None) -> KV:
+        """The last `count` slots of keys and values [B, G, slots, C], all for None."""
         k, v = kv
         if count is None or k.shape[2] <= count:
             return kv
@@ -116,7 +122,7 @@ class Cache:
         return k[:, :, first:], v[:, :, first:]
 
     def _fit(self, kv: KV, slots: int) -> KV:
-        """The last `slots` slots, padded at the front where there are fewer."""
+        """Keys and values [B, G, slots, C]: the last ones, or all with zeros in front."""
         k, v = self._last(kv, slots)
         if (missing := slots - k.shape[2]) == 0:
             return k, v
@@ -126,6 +132,6 @@ class Cache:
 
 
 def empty(ops: Ops, config: Config) -> Cache:
-    """A cache of no slots, of the backend's own kind where it has one."""
+    """A cache of no slots, of the backend's own kind if it has one."""
     cache: Cache = (ops.cache_type or Cache)(ops, config)
     return cache

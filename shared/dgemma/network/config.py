@@ -1,9 +1,9 @@
-"""What a checkpoint's config.json and generation_config.json say, as frozen dataclasses.
+"""What a checkpoint's config.json says, as frozen dataclasses. `dgemma.settings` reads the sampler's file.
 
-The Hugging Face dictionaries are read in this module and nowhere else. The reference's class defaults
-differ from the released values, so a missing key is an error and never a default: a wrong window or
-head size would still produce text, only worse. The two published spellings of the full-attention
-geometry (`global_head_dim` and `per_layer_config`) are both accepted, also side by side.
+Only this module reads the Hugging Face dictionary. The reference's class defaults differ from the released
+values, so a missing key is an error and never a default: a wrong window or head size would still produce
+text, only worse. The full-attention geometry has two published spellings, `global_head_dim` and
+`per_layer_config`. Both are accepted, also side by side.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class LayerConfig:
     """Attention geometry of one layer.
 
-    `window` is None on full layers. `rope_pairs` of the `head_dim / 2` frequency pairs rotate; the
-    exponents run over the whole head (model.md: "proportional"). `shares_kv`: V is the raw k_proj output.
+    `window` is None on full layers; it counts the query itself. `rope_pairs` of the `head_dim / 2` frequency
+    pairs rotate; the exponents run over the whole head (model.md: "proportional"). `shares_kv`: V is the raw
+    k_proj output, before k_norm and RoPE.
     """
 
     kind: str
@@ -40,13 +41,13 @@ class LayerConfig:
 
     @property
     def past(self) -> int | None:
-        """Cached slots that a pass may see: window − 1, as the query itself counts; None for all."""
+        """Cached slots that a pass may see: window − 1, as the window counts the query; None for all."""
         return None if self.window is None else self.window - 1
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision tower: enough for its parameter table; the tower itself is not run yet."""
+    """Sizes of the vision tower, for its parameter table. The tower itself does not run yet."""
 
     hidden_size: int
     mlp_size: int
@@ -83,7 +84,7 @@ class Config:
 
     @property
     def window(self) -> int | None:
-        """Sliding window of the sliding layers, or None when there are none."""
+        """Window of the sliding layers, None without such layers."""
         return next((layer.window for layer in self.layers if layer.window), None)
 
 
@@ -114,6 +115,7 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
         image_token_id=top.get("image_token_id", (int, type(None)), None),
         layers=_layers(text, heads),
         vision=_vision(top),
+        # MLX writes the first key, Hugging Face the second.
         quantization=top.optional("quantization") or top.optional("quantization_config"),
     )
     if config.top_k > config.num_experts:
@@ -126,7 +128,7 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
 
 
 def _check_variants(top: Reader, text: Reader) -> None:
-    """Refuse what the reference can be configured to do and this program cannot."""
+    """Refuse variants that the reference supports and this program does not."""
     if text.get("hidden_activation", str) != "gelu_pytorch_tanh":
         raise text.unusable("hidden_activation")
     for reader in (top, text):
@@ -142,7 +144,7 @@ def _layers(text: Reader, heads: int) -> tuple[LayerConfig, ...]:
         _layer(text, kind, index, heads, None if own is None else own.get(index, Reader({}, text.where)))
         for index, kind in enumerate(_layer_types(text))
     )
-    for kind in (SLIDING, FULL):  # the rotation is made once a kind
+    for kind in (SLIDING, FULL):  # the graph makes one rotation for each kind
         if len(sizes := {layer.head_dim for layer in layers if layer.kind == kind}) > 1:
             raise ConfigError(f"{text.where}: {kind} layers have several head sizes: {sorted(sizes)}")
     return layers
@@ -207,9 +209,9 @@ def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) 
 def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) -> int:
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
-    `own` is None in a file without per_layer_config: then the full layers' key must be there. With
-    that table it need not, as an entry leaves out what equals the common value. A null `full_key`
-    means the common value too.
+    `own` is None in a file without per_layer_config: the full layers' key must be there then. It may be
+    missing beside that table, whose entries leave out the common value. A null `full_key` means the common
+    value too.
     """
     if own is not None and key in own.data:
         return own.size(key)
@@ -227,7 +229,7 @@ def _vision(top: Reader) -> VisionConfig | None:
     return VisionConfig(
         hidden_size=vision.size("hidden_size"),
         mlp_size=vision.size("intermediate_size"),
-        layers=vision.size("num_hidden_layers", most=1000),  # a table is made from it
+        layers=vision.size("num_hidden_layers", most=1000),  # the parameter table grows with it
         heads=vision.size("num_attention_heads"),
         kv_heads=vision.size("num_key_value_heads"),
         head_dim=vision.size("head_dim"),

@@ -1,7 +1,7 @@
 """NumPy float64: the living definition. It supplies primitives only and overrides no composite.
 
-Slow on purpose. It needs nothing but the base install, runs the embedded model everywhere, and is the
-oracle that every kernel, format and cache is compared with.
+It is slow on purpose. It needs only the base install and runs the embedded model everywhere. Every kernel,
+format and cache is compared with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dgemma.network.ops.decoding import dense
 
 
 class NumpyOps(Ops):
-    """float64 everywhere: the compute type and the wide one are the same."""
+    """float64 everywhere: compute and wide type are the same. Shapes are those of the base classes."""
 
     name = "numpy"
     dtype_name = "float64"
@@ -109,6 +109,7 @@ class NumpyOps(Ops):
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
         y = np.empty((len(x), weight.shape[1]))
+        # The row of each expert's first input: rows are sorted by expert.
         edges = np.searchsorted(experts, np.arange(len(weight) + 1))
         for expert in np.unique(experts):
             rows = slice(edges[expert], edges[expert + 1])

@@ -1,6 +1,6 @@
-"""A network ready to run: contexts are encoded, canvases are looked at. What is made of it is the engine's.
+"""A network ready to run: it encodes contexts and looks at canvases. The engine decides what follows.
 
-Passes are compiled by the backend where it can; everything that varies goes in as an array, everything else
+The backend compiles the passes if it can. Everything that varies goes in as an array; everything else
 (padding or not, first step or not) picks the compiled variant.
 
     B rows  L canvas positions  V vocabulary  D hidden
@@ -25,7 +25,7 @@ from dgemma.network.weights import Weights
 
 Inputs = tuple[Array, Array, list[KV]]  # canvas, offset, past
 
-# Prompt tokens a prefill pass takes at most; scores of one pass are [heads, chunk, context].
+# Most prompt tokens of one prefill pass: its scores are [heads, chunk, context], so memory is bounded.
 PREFILL_CHUNK = 512
 
 
@@ -47,7 +47,10 @@ class Context:
         return Context(self.cache.fork(rows), self.lengths[rows])
 
     def trim(self, count: int) -> Context:
-        """Without every row's last `count` tokens; ValueError beyond a canvas's length or a row's own."""
+        """This context without every row's last `count` tokens.
+
+        ValueError if that is more than a canvas or a whole row.
+        """
         if count > self.lengths.min():
             raise ValueError(f"cannot take back {count} tokens from a row of {self.lengths.min()}")
         return Context(self.cache.trim(count), self.lengths - count)
@@ -55,10 +58,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the network says of a canvas, on the host, but for `soft`, which stays on the device.
+    """What the network says of a canvas. `soft` [B, L, D] stays on the device, the rest is on the host.
 
-    `argmax` and `sample` [B, L] int64; `entropy` [B, L] in nats, float32 (float64 on NumPy); `soft` [B, L,
-    D]. `missing` [B, L] is the probability that `soft` leaves out at most, None where all of it is dense.
+    `argmax` and `sample` are [B, L] int64, `entropy` [B, L] in nats, float32 (float64 on NumPy). `soft`
+    leaves out at most the probability `missing` [B, L]; None if all of it is dense.
     """
 
     argmax: np.ndarray
@@ -84,7 +87,7 @@ class Runner:
         progress: Progress | None = None,
         chunk: int = PREFILL_CHUNK,
     ) -> Context:
-        """Encode rows of token ids, or append them to a context's rows (which stays usable).
+        """Encode rows of token ids, or append them to a context's rows. The given context stays usable.
 
         Rows may differ in length. `progress(done, total)` counts slots. PromptError for an empty row,
         an id outside the vocabulary, or a context beyond max_position_embeddings.
@@ -107,7 +110,7 @@ class Runner:
     ) -> Generator[tuple[int, int], None, Context]:
         """`encode` as a generator: yields (done, total) slots after every chunk, returns the context.
 
-        Where it may `consume` the context, which then is of no more use, keys and values are not held twice.
+        `consume`: it may use up the given context, so that keys and values are not held twice.
         """
         rows = [self.check_tokens(row) for row in tokens]
         if not rows:
@@ -128,7 +131,7 @@ class Runner:
         return Context(joined, np.concatenate([part.lengths for part in parts]))
 
     def check_tokens(self, row: Sequence[int]) -> np.ndarray:
-        """A row of token ids as an array; PromptError if it is empty or holds anything else."""
+        """A row of token ids as an integer array [n]; PromptError if it is empty or holds anything else."""
         ids = _integers(row)
         if ids is None or ids.ndim != 1 or not len(ids):
             raise PromptError("a row of tokens must be a non-empty list of integers")
@@ -140,7 +143,7 @@ class Runner:
     def _prefill_rows(
         self, rows: list[np.ndarray], before: np.ndarray | None, cache: Cache, chunk: int
     ) -> Generator[tuple[int, int], None, Context]:
-        """Append rows to a cache that holds `before` tokens of each."""
+        """Append rows of ids [n] each to a cache that holds `before` [B] tokens of them."""
         slots = max(len(row) for row in rows)
         lengths = np.array([len(row) for row in rows]) + (0 if before is None else before)
         if lengths.max() > self.config.max_positions:
@@ -150,6 +153,7 @@ class Runner:
         tokens = np.full((len(rows), slots), self.config.pad_id)
         for b, row in enumerate(rows):
             tokens[b, slots - len(row) :] = row
+        # Chunked equals unchunked: a chunk's offset is absolute, and negative in a row still to begin.
         for start in range(0, slots, chunk):
             part = tokens[:, start : start + chunk]
             cache.append(self._encode(part, lengths - slots + start, cache))
@@ -157,6 +161,7 @@ class Runner:
         return Context(cache, lengths)
 
     def _encode(self, tokens: np.ndarray, offset: np.ndarray, cache: Cache) -> list[KV]:
+        """Keys and values by layer, already computed, of tokens [B, n] from positions offset [B] on."""
         ragged = bool((offset < cache.slots).any())
         past = cache.read()
 
@@ -171,6 +176,7 @@ class Runner:
         return new
 
     def _variant(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
+        # The first function of a key stays: all of them must close over the same facts.
         if key not in self._compiled:
             self._compiled[key] = self.ops.compile(function, repeats=key[0] in ("refine", "denoise"))
         return self._compiled[key]
@@ -181,7 +187,7 @@ class Runner:
         """Softcapped logits before temperature, float32 [B, L, V], of canvas [B, L] token ids.
 
         `soft` [B, L, D] is the previous step's soft embedding (`Seen.soft`, `Step.soft` or NumPy), None on a
-        first step. The whole [B, L, V] plane is made: for looking, not for generating.
+        first step. This makes the whole [B, L, V] plane: use it for looking, not for generating.
         """
         denoise = self._denoise(context.ragged)
 
@@ -193,7 +199,7 @@ class Runner:
         return self.ops.to_numpy(z).astype(np.float32)
 
     def _denoise(self, ragged: bool) -> Callable[..., Array]:
-        """A denoising pass of arrays only: canvas, offset, past and, if there is one, the soft embedding."""
+        """A denoising pass of arrays only: canvas [B, L], offset [B], past, soft [B, L, D] from step 2 on."""
 
         def run(canvas: Array, offset: Array, past: list[KV], *soft: Array) -> Array:
             signal = soft[0] if soft else None
@@ -204,7 +210,7 @@ class Runner:
         return run
 
     def soft_embedding(self, probs: Any) -> Array:
-        """Probabilities [B, L, V] -> their mean embedding [B, L, D] on the device, before the √D factor."""
+        """The mean embedding [B, L, D] of probabilities [B, L, V], on the device, before the √D factor."""
         probs = self.ops.aswide(np.asarray(probs)) if isinstance(probs, np.ndarray | list) else probs
         return self.ops.soft_embedding(probs, self.weights.embed)
 
@@ -219,13 +225,13 @@ class Runner:
     ) -> Seen:
         """One look at canvas [B, L] token ids, each row at its temperature [B], or all at one.
 
-        `uniforms` [B, L] in [0, 1) pick each position's sample. `soft` [B, L, D] is the step before's, None
-        on a canvas's first. `soft_bound` of the probability may be missing in the new one. There is one host
-        read; with a `soft_bound` there are those of `Ops.vocabulary` besides.
+        `uniforms` [B, L] in [0, 1) pick each position's sample. `soft` [B, L, D] is the previous step's soft
+        embedding, None on a canvas's first step. The new one may leave out the probability `soft_bound`.
+        There is one host read; a `soft_bound` adds those of `Ops.vocabulary`.
         """
         ops, uniforms = self.ops, np.asarray(uniforms)
         inputs = *self._inputs(context, canvas), context.cache.read()
-        # A temperature for each position: no backend has to know which row it belongs to.
+        # One temperature for each position, so that backends need not know its row.
         heat = np.broadcast_to(np.reshape(temperature, (-1, 1)), uniforms.shape)
         draw = ops.aswide(heat), ops.aswide(uniforms)
         predict = self._sparse if soft_bound else self._dense
@@ -242,7 +248,7 @@ class Runner:
         signal: tuple[Array, ...],
         _: float,
     ) -> tuple[Array, Array]:
-        """What the host needs of a step, and its soft embedding [B, L, D]; compiled as a whole."""
+        """The host's part of a step [3, B·L] and its soft embedding [B, L, D]; compiled as a whole."""
 
         def run(
             canvas: Array, offset: Array, past: list[KV], heat: Array, uniforms: Array, *soft: Array
@@ -262,7 +268,7 @@ class Runner:
         signal: tuple[Array, ...],
         bound: float,
     ) -> tuple[Array, Array]:
-        """As `_dense`, compiled but for the vocabulary, which may read the host."""
+        """Like `_dense`, with `missing` [4, B·L]. The vocabulary may read the host, so it is not compiled."""
         denoise = self._denoise(ragged)
 
         def run(*given: Any) -> tuple[Array]:
@@ -273,21 +279,24 @@ class Runner:
         return self._for_host(said), said.soft.reshape(*h.shape[:2], -1)
 
     def _for_host(self, said: Prediction) -> Array:
-        """All that the host needs in one array: ids are exact in float32, being below 2^24."""
+        """All that the host needs in one wide array [3 or 4, B·L]. Ids below 2^24 are exact in float32."""
         wide = self.ops.to_wide
         parts = [wide(said.argmax), wide(said.sample), said.entropy]
         parts += [] if said.missing is None else [said.missing]
         return self.ops.concat([part[None] for part in parts], 0)
 
     def _inputs(self, context: Context, canvas: Any) -> tuple[Array, Array]:
+        """Canvas [B, L] and offset [B] on the device; PromptError for a canvas that does not fit."""
         canvas = _integers(canvas)
         if canvas is None or canvas.ndim != 2 or len(canvas) != len(context.lengths):
             raise PromptError(f"a canvas must be [{len(context.lengths)}, L] token ids")
         if canvas.size == 0 or canvas.min() < 0 or canvas.max() >= self.config.vocab_size:
             raise PromptError(f"a canvas token is outside the vocabulary of {self.config.vocab_size}")
+        # Positions continue after a row's own tokens, not after its slots, which include padding.
         return self.ops.asarray(canvas), self.ops.asarray(context.lengths)
 
     def _signal(self, soft: Any) -> tuple[Array, ...]:
+        """The soft embedding [B, L, D] on the device as a tuple of one, empty for None."""
         if soft is None:
             return ()
         return (self.ops.asarray(soft) if isinstance(soft, np.ndarray) else soft,)

@@ -1,8 +1,8 @@
 """Every parameter of the model: its Hugging Face name, its place in our tree, its shape and its class.
 
-One table drives loading, checking, counting and converting. A name outside the table is an error,
-apart from the tied copies that some exports store, which are skipped by name. The decision costs a
-release for every architecture change, and buys that no weight is ever silently random.
+One table drives loading, checking, counting and converting. A name outside the table is an error. Only
+tied copies, which some exports store, are skipped by name. The price: every architecture change needs a
+release. The gain: no weight is ever silently random.
 
     D hidden  V vocabulary  H heads  G KV heads  C head size  F dense MLP  E experts  M expert size
 """
@@ -16,10 +16,10 @@ from math import prod
 
 from dgemma.network.config import Config, LayerConfig, VisionConfig
 
-# The classes of weights that presets, memory estimates and reports speak of.
+# The classes of weights in presets, memory estimates and reports.
 GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning", "norm", "vision")
 
-# Stored by some exports though they repeat another tensor or are computed: skipped, by name.
+# Some exports store these, though they repeat another tensor or are computed. They are skipped by name.
 _SKIPPED = re.compile(
     r"lm_head\.\w+"
     r"|model\.encoder\.language_model\.(embed_tokens|norm)\.\w+"
@@ -40,7 +40,7 @@ class Param:
 
     @property
     def wide(self) -> bool:
-        """Whether it is held wide. The router's logits tie in bfloat16, and a tie flips a pick."""
+        """Whether the device holds it wide. The router's logits tie in bfloat16, and a tie flips a pick."""
         return self.group == "router"
 
     @property
@@ -99,8 +99,8 @@ def _layer(config: Config, index: int, layer: LayerConfig) -> Iterator[Param]:
     for name, own in _LAYER_NORMS.items():
         yield param(f"{name}.weight", (D,), "norm", own)
     yield param("layer_scalar", (1,), "norm", "scalar")
-    # The encoder shares everything with the decoder but this one number a layer, and the biases, which
-    # transformers does not tie.
+    # The encoder shares everything with the decoder but this one number for each layer, and the biases,
+    # which transformers does not tie. The two scalars differ in the released model.
     root = f"model.encoder.language_model.layers.{index}"
     yield Param(f"{root}.layer_scalar", (1,), "norm", ("layers", index, "encoder_scalar"))
     if config.attention_bias:
@@ -121,7 +121,7 @@ _LAYER_NORMS = {
 
 
 def _projections(config: Config, layer: LayerConfig) -> dict[str, tuple[int, int]]:
-    """Shapes of the attention's matrices; full layers have no v_proj."""
+    """Shapes [O, I] of the attention's matrices; full layers have no v_proj."""
     D, Q, KV = config.hidden_size, config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     shapes = {"q": (Q, D), "k": (KV, D), "v": (KV, D), "o": (D, Q)}
     if layer.shares_kv:

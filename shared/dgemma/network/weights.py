@@ -1,7 +1,9 @@
 """The typed tree of weights that the graph reads.
 
-A leaf is whatever `Ops.load` or `Ops.upload` made of a stored tensor: an array of the backend, or (for
-quantized checkpoints) a record that `linear` and `expert_linear` accept. The graph cannot tell them apart.
+A leaf is the result of `Ops.load` or `Ops.upload`: an array of the backend or, from quantized checkpoints,
+a record that `linear` and `expert_linear` accept. The graph cannot tell them apart.
+
+    D hidden  V vocabulary  H heads  G KV heads  C head size  F dense MLP  E experts  M expert size
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    q: Array  # [H·C, D]; with k's and v's rows below where a backend has stacked them
-    k: Array  # [G·C, D]; None where it is in q
+    q: Array  # [H·C, D]; k's and v's rows stand below if a backend has stacked them
+    k: Array  # [G·C, D]; None if it is in q
     o: Array  # [D, H·C]
     q_norm: Array  # [C]
     k_norm: Array  # [C]
-    v: Array | None = None  # [G·C, D]; None on full layers, where V is k's projection, and where it is in q
-    rows: tuple[int, ...] = ()  # of q, k and, if it has its own, v, where they are stacked
+    v: Array | None = None  # [G·C, D]; None on full layers, whose V is k's projection, and if it is in q
+    rows: tuple[int, ...] = ()  # numbers of rows of stacked q, k and, on sliding layers, v
 
 
 @dataclass(frozen=True)
 class BiasWeights:
-    """Biases of the four projections, all None in the released model."""
+    """Biases [H·C], [G·C], [G·C] and [D] of the four projections, all None in the released model."""
 
     q: Array | None = None
     k: Array | None = None
@@ -36,7 +38,7 @@ class BiasWeights:
 @dataclass(frozen=True)
 class MlpWeights:
     gate: Array  # [F, D]
-    up: Array  # [F, D]; None where a backend has stacked it below the gate
+    up: Array  # [F, D]; None if a backend has stacked it below the gate
     down: Array  # [D, F]
 
 
@@ -53,7 +55,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    proj: Array  # [E, D], kept in the wide type
+    proj: Array  # [E, D] wide, never quantized on the device
     scale: Array  # [D]
     expert_scale: Array  # [E]
 
@@ -72,7 +74,7 @@ class LayerWeights:
     post_experts: Array
     post_feedforward: Array
     scalar: Array  # [1], decoder
-    # What encoder and decoder do not share: one scalar, and biases where there are any.
+    # Encoder and decoder share all but one scalar, and biases if there are any.
     encoder_scalar: Array  # [1], encoder
     bias: BiasWeights
     encoder_bias: BiasWeights

@@ -1,6 +1,6 @@
 """The published config.json and generation_config.json of google/diffusiongemma-26B-A4B-it.
 
-Facts of the release, for plans, benchmarks and tests at its geometry without a download.
+Plans, benchmarks and tests use its geometry without a download.
 """
 
 from pathlib import Path

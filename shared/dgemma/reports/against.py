@@ -1,10 +1,10 @@
-"""How far a checkpoint is from another one of its geometry: decoded weights, and what the models say.
+"""How far a checkpoint is from another one of its geometry: decoded weights, and the models' logits.
 
-Weights are decoded by the NumPy reference, whatever the format, and compared class by class; rows or single
-experts at a time, so that memory stays bounded. The price is time: minutes for the released model. Logits
-come from the backends that will run the model, with one of the two loaded at a time.
+The NumPy reference decodes weights of any format. They are compared class by class, a few rows or one expert
+at a time, so that memory stays bounded. The price is time: minutes for the released model. Logits come from
+the backend that will run the model, with one of the two loaded at a time.
 
-    I inputs  D hidden  V vocabulary  L canvas positions
+    D hidden  V vocabulary  L canvas positions
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pair(folder: Path, against: str | Path) -> tuple[Checkpoint | None, Checkpoi
         checkpoint = Checkpoint.open(folder)
     except DgemmaError:
         return None, other
-    # What is counted in places, or says how numbers are stored, may differ.
+    # Counts of places, token ids and the storage of numbers may differ.
     free = {"canvas_length", "max_positions", "pad_id", "image_token_id", "quantization"}
     mine, theirs = (vars(c.config) for c in (checkpoint, other))
     if differing := [key for key in mine if key not in free and _clash(key, mine[key], theirs[key])]:
@@ -73,7 +73,8 @@ class Sums:
     both: float = 0.0  # Σ a b
 
     def add(self, a: np.ndarray, b: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # non-finite weights make the sums so, and these are shown as such
+        """Count values a and b, float64 of one shape."""
+        with np.errstate(all="ignore"):  # non-finite weights make non-finite sums, which the report shows
             d, a, b = (a - b).ravel(), a.ravel(), b.ravel()
             self += Sums(d.size, float(d @ d), float(a @ a), float(b @ b), float(a @ b))
 
@@ -84,14 +85,14 @@ class Sums:
 
     @property
     def relative_rms(self) -> float:
-        """√(Σ (a − b)² / Σ b²), infinite for a reference of zeros that is not met."""
+        """√(Σ (a − b)² / Σ b²), infinite if only the reference is zero."""
         if self.error == 0:
             return 0.0
         return sqrt(self.error / self.theirs) if self.theirs else float("inf")
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between a and b, 1 for two vectors of zeros, NaN for one."""
+        """Cosine of the angle between a and b, 1 if both are zero, NaN if one is."""
         if self.mine == 0 and self.theirs == 0:
             return 1.0
         norm = sqrt(self.mine) * sqrt(self.theirs)
@@ -103,7 +104,7 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """How far the decoded weights are from the other's, by class and in "total"; for JSON.
 
-    `relative_rms` and `cosine` (null where they are not finite) and the `worst` tensor of the class.
+    Each class has `relative_rms` and `cosine` (null if they are not finite) and its `worst` tensor.
     Parameters that only one side has (a vision tower) are left out. `progress` counts stored bytes.
     """
     names = [name for name in checkpoint.sources if name in other.sources]
@@ -121,7 +122,7 @@ def compare(
 
 
 class _Class:
-    """The sums of a class, and its tensor with the largest relative error; one that is not finite leads."""
+    """The sums of a class, and its tensor with the largest relative error; a non-finite error is largest."""
 
     def __init__(self) -> None:
         self.sums, self.worst, self.error = Sums(), "", -1.0
@@ -142,12 +143,12 @@ class _Class:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """`value`, or None for NaN and infinity, which JSON lacks."""
     return value if isfinite(value) else None
 
 
 def _compared(checkpoint: Checkpoint, other: Checkpoint, param: Param) -> Sums:
-    """The sums of one parameter, decoded by the NumPy reference a few rows or an expert at a time."""
+    """The sums of one parameter. The NumPy reference decodes a few rows or one expert at a time."""
     ops, sums = NumpyOps(), Sums()
     mine, theirs = checkpoint.read(param.name), other.read(param.name)
     step = max(1, CHUNK // prod(param.shape[1:]))
@@ -158,7 +159,7 @@ def _compared(checkpoint: Checkpoint, other: Checkpoint, param: Param) -> Sums:
 
 
 def _decoded(ops: Ops, stored: Stored | Quantized, rows: slice) -> np.ndarray:
-    """Rows (or experts) of a stored parameter, float64."""
+    """Rows (or experts) of a stored parameter in its shape, float64."""
     part = stored[rows]
     if isinstance(part, Stored):
         return ops.to_numpy(ops.load(part, wide=True))
@@ -167,13 +168,13 @@ def _decoded(ops: Ops, stored: Stored | Quantized, rows: slice) -> np.ndarray:
 
 # ---- logits against logits ----------------------------------------------------------------------
 
-BOS, PROMPT = 2, 24  # the first token, and how many drawn ones follow it
-NUMPY_LIMIT = 1e9  # parameters beyond which a pass on NumPy takes hours
+BOS, PROMPT = 2, 24  # the first token, and the number of drawn ones after it
+NUMPY_LIMIT = 1e9  # parameters; a pass over more takes hours on NumPy
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed inputs for two models: a prompt of token ids, a canvas [1, L], and uniforms [1, L]."""
+    """Fixed inputs for two models: a prompt of token ids, a canvas [1, L] int64, uniforms [1, L] float64."""
 
     prompt: list[int]
     canvas: np.ndarray
@@ -195,9 +196,9 @@ def logits(
 ) -> dict[str, Any]:
     """How far the model's distributions are from the other's on a fixed prompt and canvas; for JSON.
 
-    "first_step" is a canvas's first step, "self_conditioned" one to which both get the soft embedding of the
-    other's first step. {"skipped": reason} where the two do not run here. One model is loaded at a time;
-    `progress` counts the stored bytes of each.
+    "first_step" is a canvas's first step. "self_conditioned" is a step that gets the soft embedding of the
+    other's first step in both models: free runs would part, so both start from the same state. The result is
+    {"skipped": reason} if the two do not run here. `progress` counts the stored bytes of each model.
     """
     if reason := _too_large(checkpoint, ops) or _too_large(other, ops):
         return {"skipped": reason}
@@ -216,9 +217,9 @@ def logits(
 def _passes(
     checkpoint: Checkpoint, ops: Ops, given: Probe, soft: np.ndarray | None, progress: Progress | None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """`soft` (None: that of the model's own first step) and logits [L, V] without and with it.
+    """A soft embedding [1, L, D], and logits [L, V] float32 without and with it.
 
-    The first step is one at the checkpoint's highest temperature, as in generating.
+    It is `soft`, or for None that of the model's own first step, at the temperature of a first step.
     """
     weights = checkpoint.load(ops, progress)
     model = Model(ops, checkpoint.config, checkpoint.generation, weights, None)
@@ -236,6 +237,7 @@ def divergence(theirs: np.ndarray, mine: np.ndarray) -> dict[str, float | None]:
     with np.errstate(all="ignore"):
         for z, y in zip(theirs, mine, strict=True):  # position by position: the planes are large
             p, q = _log_softmax(z), _log_softmax(y)
+            # Python's max(0.0, NaN) is 0.0: NaN needs a test of its own.
             kl.append(max(0.0, float(np.exp(p) @ (p - q))) if np.isfinite(q).all() else float("nan"))
             same += int(z.argmax() == y.argmax())
     return {
@@ -246,12 +248,13 @@ def divergence(theirs: np.ndarray, mine: np.ndarray) -> dict[str, float | None]:
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:
+    """Log-probabilities [V] float64 of one position's logits z [V]."""
     z = z.astype(np.float64) - z.max()
     return z - np.log(np.exp(z).sum())
 
 
 def _too_large(checkpoint: Checkpoint, ops: Ops) -> str | None:
-    """Why this checkpoint cannot run here, in a sentence; None where nothing speaks against it."""
+    """Why this checkpoint cannot run here, in a sentence; None if it can."""
     size = sum(param.size for param in text_parameters(checkpoint.config))
     if ops.name == "numpy" and size > NUMPY_LIMIT:
         return f"{tables.count(size)} parameters are too many for the numpy backend"
@@ -278,7 +281,7 @@ def _format(ops: Ops) -> info.Format:
 
 
 def text(against: dict[str, Any]) -> list[str]:
-    """What was found against another checkpoint, with its "model", as lines to read."""
+    """The comparison with another checkpoint, its "model" included, as lines of text."""
     lines = [f"against {against['model']}"]
     if "skipped" in against:
         return [*lines, f"  not compared: {against['skipped']}"]

@@ -1,8 +1,7 @@
-"""What a checkpoint's geometry says of its size and of the memory that running it takes.
+"""A checkpoint's size, and the memory that running it takes, from its geometry.
 
-Everything is arithmetic over config.json and the parameter table, so a model can be judged before its
-weights are downloaded. What a framework allocates besides (activations, compiled kernels) is not in the
-numbers; it is small beside them at full size.
+Everything is arithmetic over config.json and the parameter table, so it works before a download. The numbers
+leave out a framework's own memory (activations, compiled kernels), which is small beside them at full size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ CONTEXTS = (1024, 8192, 32768, 131072)
 
 @dataclass(frozen=True)
 class Format:
-    """How a backend holds numbers, in bytes each: weights and cache, and what it calls wide."""
+    """How a backend holds numbers: bytes of the compute type (weights, cache) and of the wide type."""
 
     backends: str
     dtype: str
@@ -46,12 +45,12 @@ NOTHING_QUANTIZED: Mapping[str, Form | None] = {}
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
-    """Stored parameters by class, classes without any left out."""
+    """Stored parameters by class, without empty classes."""
     return _by_group(parameters(config))
 
 
 def active_parameters(config: Config) -> dict[str, int]:
-    """Parameters that one token of text passes through: the text model with `top_k` of its experts."""
+    """Parameters that one token of text uses: the text model with `top_k` of its experts."""
     counts = _by_group(text_parameters(config))
     return counts | {"experts": counts["experts"] * config.top_k // config.num_experts}
 
@@ -64,7 +63,7 @@ def _by_group(table: Sequence[Param]) -> dict[str, int]:
 def weight_bytes(config: Config, form: Format, stored: Mapping[str, Form | None] = NOTHING_QUANTIZED) -> int:
     """Loaded weights: the text model in the compute type, its router in the wide one.
 
-    `stored` says by name which parameters are records; those stay packed, but for the router.
+    `stored` has the forms of parameters by name. Records stay packed, but for the router's.
     """
     return sum(_loaded_bytes(param, form, stored.get(param.name)) for param in text_parameters(config))
 
@@ -76,22 +75,22 @@ def _loaded_bytes(param: Param, form: Format, quantized: Form | None) -> int:
         return param.size * form.compute
     rows, inputs = param.size // param.shape[-1], param.shape[-1]
     groups = rows * (inputs // quantized.group) if quantized.group else 0
-    # Affine scales and biases are held in the compute type, codes of scales in a byte.
+    # Affine scales and biases have the compute type, codes of scales one byte.
     scales = groups * (2 * form.compute if quantized.is_affine else 1)
     factors = rows * form.wide if quantized.scales_rows else 0
     return param.size * quantized.bits // 8 + scales + factors
 
 
 def kv_slot_bytes(layer: LayerConfig, form: Format) -> int:
-    """Key and value of one token in one layer. Both are kept also where V is made from K's projection."""
+    """Key and value of one token in one layer. Full layers store both: V is K's projection before k_norm."""
     return 2 * layer.kv_heads * layer.head_dim * form.compute
 
 
 def kv_bytes(config: Config, form: Format, tokens: int) -> int:
     """Keys and values of a context in all layers.
 
-    Full layers keep every token; sliding ones window − 1 and a canvas, which is what taking a canvas
-    back needs.
+    Full layers keep every token. Sliding layers keep window − 1 and a canvas, so that a canvas can be
+    taken back.
     """
     return sum(
         kv_slot_bytes(layer, form)
@@ -101,9 +100,9 @@ def kv_bytes(config: Config, form: Format, tokens: int) -> int:
 
 
 def vocabulary_bytes(config: Config, form: Format) -> int:
-    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions at once, wide.
+    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions, wide.
 
-    PyTorch's plain path and NumPy keep it; MLX keeps a few tiles, and CUDA's kernels half of it.
+    PyTorch's plain path and NumPy keep all of it, MLX a few tiles, CUDA's kernels half.
     """
     return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
 
@@ -140,8 +139,8 @@ def memory(
 def describe(model: str | Path) -> dict[str, Any]:
     """All that `dgemma info` knows of a folder or hub id, ready for JSON.
 
-    A folder with nothing but config.json will do, and of a hub id nothing else is downloaded. `stored_bytes`
-    is null where no weights are at hand, and memory is then that of an unquantized checkpoint.
+    config.json alone is enough, and nothing else of a hub id is downloaded. `stored_bytes` is null if no
+    weights are at hand; memory is then that of an unquantized checkpoint.
     """
     folder = resolve(model, files=["config.json"])
     path = folder / "config.json"
@@ -165,7 +164,7 @@ def describe(model: str | Path) -> dict[str, Any]:
 
 
 def geometry(config: Config) -> dict[str, Any]:
-    """The sizes that a reader of the model's paper would look for."""
+    """The sizes of the model as its paper lists them."""
     kinds = {layer.kind: layer for layer in config.layers}
     return {
         "layers": len(config.layers),
@@ -187,7 +186,7 @@ def geometry(config: Config) -> dict[str, Any]:
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Bytes of the tensors in a checkpoint's files by class."""
+    """Bytes of a checkpoint's tensors by class."""
     by_class = dict.fromkeys(GROUPS, 0) | {"other": 0}
     for name, source in checkpoint.sources.items():
         by_class[source.param.group] += checkpoint.nbytes(name)
@@ -199,7 +198,7 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report of `describe` to read."""
+    """The report of `describe` as text."""
     parts = [_geometry_text(report), _parameters_text(report), _memory_text(report["memory"])]
     return "\n\n".join("\n".join(part) for part in parts)
 

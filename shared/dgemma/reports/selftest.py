@@ -1,4 +1,4 @@
-"""What a selftest found: each kernel of a backend beside its plain twin, in one report for all backends.
+"""The report of a selftest: each kernel of a backend beside its plain twin, in one form for all backends.
 
 A backend's package has `selftest.check_all(device, progress)`, which returns `found` or `nothing`.
 """
@@ -13,15 +13,15 @@ import numpy as np
 
 from dgemma.reports.tables import columns
 
-SLACK = 1.02  # a kernel may take this much of its twin's time: timings wobble
+SLACK = 1.02  # a kernel may take this many times its twin's time, as timings wobble
 
 
 @dataclass(frozen=True)
 class Check:
     """A kernel beside its twin: largest difference over the largest value, milliseconds a call, bytes moved.
 
-    `broken` is what the framework said where the kernel did not run. `switchable`: the twin runs in its place
-    where it is slower.
+    `broken` is the framework's message if the kernel did not run. `switchable`: the twin replaces the kernel
+    if the kernel is slower.
     """
 
     kernel: str
@@ -37,12 +37,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the kernel is right, slow or not."""
+        """Whether the kernel is right, however slow."""
         return not self.broken and self.error is not None and self.error <= self.bound  # NaN is not
 
     @property
     def fault(self) -> str | None:
-        """Why the kernel should not run, as far as this check goes."""
+        """Why the kernel should not run by this check, or None."""
         if self.broken:
             return f"does not run: {self.broken}"
         if not self.ok:
@@ -52,14 +52,15 @@ class Check:
         return None
 
     def json(self) -> dict[str, Any]:
-        """All of it, ready for JSON."""
+        """The whole check, ready for JSON."""
         return asdict(self) | {"name": f"{self.kernel}, {self.what}", "ok": self.ok, "fault": self.fault}
 
 
 def difference(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
-    """Largest difference over the largest value, over the arrays of a result; NaN where there is one."""
+    """Largest difference over the largest value, over all pairs of arrays of one shape; NaN if one is NaN."""
     worst = 0.0
     for a, b in zip(got, wanted, strict=True):
+        # np.maximum keeps NaN, Python's max may drop it.
         worst = np.maximum(worst, np.abs(a - b).max() / np.abs(b).max())
     return float(worst)
 
@@ -71,12 +72,12 @@ def found(device: str, checks: Sequence[Check], **more: Any) -> dict[str, Any]:
 
 
 def nothing(device: str, why: str, **more: Any) -> dict[str, Any]:
-    """The report where nothing could be checked; `ok` is None."""
+    """The report if nothing could be checked; `ok` is None."""
     return {"device": device, "ok": None, "why": why, "checks": [], **more}
 
 
 def text(report: Mapping[str, Any]) -> str:
-    """A report to read."""
+    """The report as text."""
     if report["ok"] is None:
         return (
             f"{report['device']}: no kernel was checked, because {report['why']}. "
@@ -95,7 +96,7 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def _speed(c: Mapping[str, Any] | None, copy: float | None) -> list[str]:
-    """A check's bytes a second and their share of a copy's, or the two headings; nothing without a copy."""
+    """A check's bytes a second and their share of a copy's, or the two headings; empty without a copy."""
     if copy is None:
         return []
     if c is None:
@@ -107,7 +108,7 @@ def _speed(c: Mapping[str, Any] | None, copy: float | None) -> list[str]:
 
 
 def _switches(report: Mapping[str, Any]) -> list[str]:
-    """Which kernels run from now on, where the selftest decides that."""
+    """Which kernels run from now on, if the selftest decides that."""
     if "off" not in report:
         return []
     on = [name for name, why in report["off"].items() if why is None]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def amount(value: float) -> str:
-    """Bytes with the unit that leaves one to three digits before the point, powers of 1000."""
+    """Bytes in powers of 1000, with one to three digits before the point below 1000 GB."""
     for unit in ("B", "kB", "MB"):
         if value < 999.5:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
@@ -24,7 +24,7 @@ def count(value: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows in columns as wide as they need, the first to the left and the others to the right."""
+    """Rows in columns of the least width, the first aligned to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

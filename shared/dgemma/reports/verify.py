@@ -1,10 +1,12 @@
 """Whether a checkpoint is whole: every name, type, shape and stored value of it.
 
-A load checks names, types and shapes. `inspect` also looks at the values: it reads every tensor of numbers
-once, in file order and in chunks, and tests bit patterns, so that nothing is decoded and memory does not
-grow with the checkpoint. Packed codes of affine and 4-bit forms are left unread: any of them is a number.
-The price: a wrong value that is finite passes, and only a checkpoint to compare with shows it
+A load checks names, types and shapes. `inspect` also looks at the values. It reads every tensor of numbers
+once, in file order and in chunks, and tests bit patterns: nothing is decoded, and memory does not grow with
+the checkpoint. Packed codes of affine and 4-bit forms stay unread, as any of them is a number.
+The price: a wrong value that is finite passes. Only a comparison with another checkpoint shows it
 (`dgemma.reports.against`).
+
+    n values of a chunk
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ CHUNK = 1 << 22  # values looked at at once
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, said in one line by `text`.
+    """One fault; `text` is its description in one line.
 
-    `kind`: "file" or "checkpoint" for what keeps either from being read; "quantization" for tensors that
-    deny what is announced; "missing", "unknown", "of the wrong type", "of the wrong shape"; of values
-    "non-finite", "zero", "negative"; "tied" for a copy that differs. `count` values are concerned, the one
-    at index `first` is the first of them.
+    `kind`: "file" or "checkpoint" if it cannot be read; "quantization" for tensors that contradict the
+    announcement; "missing", "unknown", "of the wrong type", "of the wrong shape"; "non-finite", "zero",
+    "negative" for values; "tied" for a copy that differs. `count` values are wrong, the first at index
+    `first`.
     """
 
     kind: str
@@ -54,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Bits:
-    """A number type as words of bits: not finite where all of `special` are set; `sign` is the sign's bit."""
+    """A number type as words of bits: not finite if all of `special` are set; `sign` is the sign's bit."""
 
     word: str
     special: int
@@ -75,10 +77,10 @@ _PHRASES = {"non-finite": "not finite", "zero": "zero", "negative": "negative"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A tensor to look at: the type of number that its bytes are read as, and the `kinds` to look for.
+    """A tensor to look at: the number type of its bytes, and the `kinds` of finding to look for.
 
-    `codes` are those of NVFP4 block scales. A scale of zero over codes of zero is no damage: it is how MLX
-    writes a block of zeros, and of weights that round to zero.
+    `codes` belong to NVFP4 block scales. A scale of zero over codes of zero is no damage: MLX writes one for
+    a block of zeros, or of weights that round to zero.
     """
 
     entry: Entry
@@ -88,7 +90,7 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in numbers of this type: codes of 8 bits are stored four a word."""
+        """Shape in numbers of this type: a stored word may hold four codes of 8 bits."""
         stored = np.dtype(DTYPES[self.entry.dtype]).itemsize
         per_word = stored // np.dtype(BITS[self.dtype].word).itemsize
         *lead, last = self.entry.shape or (1,)
@@ -96,9 +98,9 @@ class Subject:
 
 
 def _subject(entry: Entry, piece: Piece | None, form: Form | None, codes: Entry | None) -> Subject | None:
-    """What to look for in a tensor; `piece` is None for one whose role is not known. None: nothing.
+    """What to look for in a tensor, None for nothing; `piece` is None if its role is unknown.
 
-    Scales of affine groups have either sign, but MLX writes none below 1e-7 in size: zero is damage there.
+    Scales of affine groups have either sign, but MLX writes none below 1e-7 in size, so zero is damage.
     """
     dtype, kinds = entry.dtype, ["non-finite"]
     role = piece and piece.role
@@ -116,7 +118,7 @@ def _subject(entry: Entry, piece: Piece | None, form: Form | None, codes: Entry 
 
 
 def _scan(subject: Subject) -> list[Finding]:
-    """The findings of one tensor, one a kind."""
+    """The findings of one tensor, one for each kind."""
     count = dict.fromkeys(subject.kinds, 0)
     first: dict[str, int] = {}
     for start, words in _chunks(subject.entry, BITS[subject.dtype].word):
@@ -128,7 +130,7 @@ def _scan(subject: Subject) -> list[Finding]:
 
 
 def _masks(subject: Subject, start: int, words: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Where a chunk's words are of each kind, bool as long as the chunk."""
+    """Each kind with a mask [n] bool of the chunk's `words` [n], which begin at place `start`."""
     bits, number = BITS[subject.dtype], words.dtype.type
     special = (words & number(bits.special)) == bits.special
     yield "non-finite", special
@@ -144,7 +146,7 @@ def _masks(subject: Subject, start: int, words: np.ndarray) -> Iterator[tuple[st
 
 
 def _has_codes(codes: Entry, blocks: np.ndarray) -> np.ndarray:
-    """Whether these blocks of 16 4-bit codes, 8 bytes each, hold one that is not ±0."""
+    """Whether the blocks [k] of 16 4-bit codes, 8 bytes each, hold a code other than ±0, [k] bool."""
     octets = codes.read().data.reshape(-1).view(np.uint8).reshape(-1, 8)
     return (octets[blocks] & 0x77).any(-1)
 
@@ -157,10 +159,10 @@ def _of_values(entry: Entry, shape: tuple[int, ...], kind: str, count: int, at: 
 
 
 def _chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """A tensor as flat arrays of CHUNK values of a NumPy type, each with its place.
+    """A tensor as flat arrays [n] of CHUNK values of a NumPy type, each with its place.
 
-    Read, not mapped: pages of a map would count as the process's memory, and a file that is cut while it is
-    read would kill it.
+    It is read, not mapped: pages of a map count as the process's memory, and a file that becomes shorter
+    under a map kills the process.
     """
     dtype = np.dtype(kind or DTYPES[entry.dtype])
     total = entry.nbytes // dtype.itemsize
@@ -182,7 +184,7 @@ def _chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.nda
 
 
 def twin(name: str) -> str | None:
-    """The tensor that a tied copy of this name repeats; None for what is no copy."""
+    """The tensor that a tied copy of this name repeats; None if it is no copy."""
     if is_skipped(name):
         for prefix, own in (
             ("lm_head.", "model.decoder.embed_tokens."),
@@ -199,7 +201,7 @@ def _is_comparable(copy: Entry, own: Entry) -> bool:
 
 
 def _tied(copy: Entry, own: Entry) -> Finding | None:
-    """What is wrong with a tied copy: bytes that differ, or values, where it is of another type."""
+    """What is wrong with a tied copy: bytes that differ, or values if it is of another type."""
     place = f"in {copy.file.name}"
     if copy.shape != own.shape:
         text = f"{copy.name!r} is {copy.shape}, but repeats {own.name!r}, which is {own.shape}, {place}"
@@ -220,6 +222,7 @@ def _tied(copy: Entry, own: Entry) -> Finding | None:
 
 
 def _differences(copy: Entry, own: Entry) -> Iterator[tuple[int, np.ndarray]]:
+    """Places of chunks, and masks [n] bool of the values that differ."""
     if copy.dtype == own.dtype:
         word = f"<u{np.dtype(DTYPES[own.dtype]).itemsize}"  # bits: a NaN equals itself
         for (start, x), (_, y) in zip(_chunks(copy, word), _chunks(own, word), strict=True):
@@ -230,6 +233,7 @@ def _differences(copy: Entry, own: Entry) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _values(entry: Entry, data: np.ndarray) -> np.ndarray:
+    """Stored `data` [n] as float32."""
     return Stored(entry.name, entry.dtype, data.shape, data, entry.file).to_float32()
 
 
@@ -237,10 +241,10 @@ def _values(entry: Entry, data: np.ndarray) -> np.ndarray:
 
 
 def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Everything that is wrong with a checkpoint's folder, as `findings`, and what it holds; for JSON.
+    """Everything that is wrong with a checkpoint's folder, as `findings`, and its contents; for JSON.
 
-    What keeps the checkpoint from being opened is a finding too. The values are looked at even then, but by
-    their types alone, as nothing says what the tensors are for: `complete` is false.
+    An error that keeps the checkpoint from opening is a finding too. Values are checked even then, but by
+    their types alone, as the roles of the tensors are unknown: `complete` is false.
     `progress(done, total)` counts stored bytes. CheckpointError if a file goes away meanwhile.
     """
     checkpoint, findings = _opened(folder)
@@ -249,7 +253,7 @@ def inspect(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
         findings += _table_findings(checkpoint)
     else:
         entries, broken = _readable(folder)
-        # What keeps a file from being read is what kept the checkpoint from being opened.
+        # A broken file is also why the checkpoint did not open: say it once.
         said = tuple(f"{folder / file}: " for finding in broken if (file := finding.file))
         findings = broken + [finding for finding in findings if not finding.text.startswith(said)]
     entries.sort(key=lambda entry: (entry.file, entry.offset))
@@ -281,7 +285,7 @@ def _readable(folder: Path) -> tuple[list[Entry], list[Finding]]:
     findings = []
     try:
         files = shards(folder)
-    except CheckpointError:  # an index that says nothing, which is a finding already
+    except CheckpointError:  # an unusable index, which is a finding already
         files = []
     for file in files:
         try:
@@ -310,12 +314,12 @@ Role = tuple[Piece, Form | None, Entry | None]  # the tensor, its form, the code
 
 
 def _roles(checkpoint: Checkpoint) -> dict[str, Role]:
-    """What every tensor is for, by name; without those that are not of the type and shape for it."""
+    """The role of every tensor by name, without tensors of the wrong type or shape."""
     wrong = {fault.name for fault in checkpoint.faults()}
     roles: dict[str, Role] = {}
     for source in checkpoint.sources.values():
         codes = None
-        for piece in source.pieces:  # in every layout codes come before their scales
+        for piece in source.pieces:  # codes come before their scales in every layout
             if piece.role == "codes" and source.form and source.form.fits(source.param.shape[-1]):
                 codes = None if piece.name in wrong else checkpoint.entries[piece.name]
             if piece.name not in wrong:
@@ -324,7 +328,7 @@ def _roles(checkpoint: Checkpoint) -> dict[str, Role]:
 
 
 def _ties(entries: list[Entry]) -> dict[str, Entry]:
-    """Tied copies by name, each with the tensor that it repeats, where both can be held together."""
+    """Tied copies by name, each with the tensor that it repeats, if the two can be compared."""
     known = {entry.name: entry for entry in entries}
     pairs = ((entry, known.get(twin(entry.name) or "")) for entry in entries)
     return {entry.name: own for entry, own in pairs if own and _is_comparable(entry, own)}
@@ -374,7 +378,7 @@ def by_class(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report of `inspect`, with its "model" and what it was held "against", to read."""
+    """The report of `inspect`, with its "model" and the comparison "against" another, as text."""
     parts = [_contents_text(report)]
     if found := report.get("against"):
         parts.append(against.text(found))

@@ -1,8 +1,7 @@
 """Prompts in, replies out: the checkpoint's own chat template, and the channels of a raw reply.
 
-The template is rendered in jinja2's sandbox and never hard-coded; BOS comes from it, not from the
-tokenizer. A reply is split by the turn, channel and tool tokens of the Gemma 4 format (model.md,
-"Prompts").
+jinja2's sandbox renders the template, which is never hard-coded. BOS comes from the template, not from the
+tokenizer. A reply is split at the turn, channel and tool tokens of the Gemma 4 format (model.md, "Prompts").
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dgemma.errors import PromptError
 
 Message = dict[str, Any]
 
-# The released template writes any role into the prompt as it is; these are the ones it was made for.
+# The released template writes any role into the prompt as it is, but was made for these.
 ROLES = ("system", "developer", "user", "assistant", "model", "tool")
 
 TURN_END, CHANNEL, CHANNEL_END = "<turn|>", "<|channel>", "<channel|>"
@@ -33,6 +32,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    # jinja2's own filter escapes HTML, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
 
@@ -40,6 +40,7 @@ class ChatTemplate:
     """A compiled chat_template.jinja. `specials` are the template's variables such as bos_token."""
 
     def __init__(self, source: str, specials: dict[str, str]):
+        # transformers renders with the same settings: one more blank would change the prompt.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
@@ -57,7 +58,7 @@ class ChatTemplate:
         thinking: bool = False,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt text of a conversation, special tokens included; PromptError if it cannot be."""
+        """The prompt text of a conversation, special tokens included; PromptError if the template refuses."""
         check_messages(messages)
         try:
             return self._template.render(
@@ -86,7 +87,7 @@ def check_messages(messages: object) -> None:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A parsed call: its name and its arguments."""
+    """A parsed call of a tool."""
 
     name: str
     arguments: dict[str, Any]
@@ -94,7 +95,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Reply:
-    """A raw reply taken apart. `text` is what the user sees, `thinking` the thought channel's text."""
+    """The parts of a raw reply. The user sees `text`; `thinking` is the thought channel's text."""
 
     text: str
     thinking: str
@@ -104,12 +105,12 @@ class Reply:
 def parse_reply(raw: str) -> Reply:
     """Split raw model text (special tokens included) into visible text, thought and tool calls.
 
-    The text ends at the first turn end or tool response. A thought channel that was never closed,
-    because the token limit cut it, is all thought. A call that does not parse stays in the text, so
-    that nothing the model said is lost.
+    The text ends at the first turn end or tool response. A thought channel that the token limit cut open is
+    all thought; an empty one, which the model may emit unasked, goes. A call that does not parse stays in
+    the text, so that nothing the model said is lost.
     """
     raw = re.split(f"{re.escape(TURN_END)}|{re.escape(RESPONSE)}", raw, maxsplit=1)[0]
-    raw = re.sub(r"<(?:eos|bos|pad)>", "", raw)
+    raw = re.sub(r"<(?:eos|bos|pad)>", "", raw)  # they are decoded as text
     thoughts: list[str] = []
 
     def keep_thought(match: re.Match[str]) -> str:
@@ -139,7 +140,7 @@ def _parse_call(text: str) -> ToolCall | None:
     match = re.fullmatch(r"call:([\w.-]+)(\{.*\})", text.strip(), flags=re.S)
     if match is None:
         return None
-    try:
+    try:  # the model may write anything, brackets a thousand deep included
         value, end = _parse_value(match[2], 0)
     except (ValueError, IndexError, RecursionError):
         return None

@@ -21,7 +21,7 @@ class Tokenizer:
 
     @classmethod
     def open(cls, folder: Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint folder, None when it has none; CheckpointError if it is broken."""
+        """The tokenizer of a checkpoint folder, None without a file; CheckpointError for a broken one."""
         path = folder / "tokenizer.json"
         if not path.exists():
             return None
@@ -44,15 +44,16 @@ class Tokenizer:
         return self.encode(self.template.render(messages, tools, thinking, add_generation_prompt))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text whose special tokens are written out; nothing is added (BOS included)."""
+        """Token ids of text whose special tokens are written out. Nothing is added, not even BOS."""
+        # The template has written BOS already; a second one changes the answers.
         return self.raw.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens written out."""
+        """Text of ids, with special tokens written out."""
         return self.raw.decode(list(ids), skip_special_tokens=False)
 
     def reply(self, ids: Sequence[int]) -> Reply:
-        """A generated reply taken apart into text, thinking and tool calls."""
+        """The text, thinking and tool calls of a generated reply."""
         return parse_reply(self.decode(ids))
 
 

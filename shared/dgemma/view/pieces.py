@@ -1,4 +1,7 @@
-"""What each position of a canvas shows; no terminal is needed for it."""
+"""The text of each position of a canvas, without a terminal.
+
+L canvas positions
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ class Mark(IntEnum):
 
 
 def marks(draft: Draft, before: np.ndarray | None) -> np.ndarray:
-    """A `Mark` for each position: one point if its sample was accepted, one if the guess held.
+    """A `Mark` for each position, [L] int: one point if its sample was accepted, one if the guess held.
 
-    `before` is the guess [L] of the canvas's previous step, None on its first.
+    `before` [L] int64 is the guess of the canvas's previous step, None on its first.
     """
     held = draft.tokens == before if before is not None else np.zeros(len(draft.tokens), bool)
     return draft.accepted.astype(int) + held
@@ -35,7 +38,7 @@ def marks(draft: Draft, before: np.ndarray | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one position shows, without any line break."""
+    """The text of one position, without any line break."""
 
     text: str
     mark: Mark
@@ -44,7 +47,7 @@ class Piece:
 
 
 class Spelling:
-    """Each token id's own text. Text of several ids decoded at once could not be cut by position."""
+    """Each token id's own text. The text of several ids decoded together could not be cut by position."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: Collection[int]):
         self._token = tokenizer.raw.id_to_token
@@ -53,9 +56,10 @@ class Spelling:
         self._stop_ids = list(stop_ids)
 
     def pieces(self, tokens: Sequence[int] | np.ndarray, mark: Sequence[int] | np.ndarray) -> list[Piece]:
-        """A piece for each position up to the first stop token that is more than noise.
+        """A piece for each position of `tokens` [L], up to the first stop token that is more than noise.
 
-        What stands behind it is filler. A character spread over several byte tokens is shown by the first.
+        Positions after it are filler. The first of several byte tokens shows their common character. `mark`
+        [L] has the positions' marks.
         """
         stop = np.flatnonzero(np.isin(tokens, self._stop_ids) & (np.asarray(mark) > Mark.NOISE))
         end = stop[0] if len(stop) else len(tokens)
@@ -73,6 +77,7 @@ class Spelling:
         return Piece(shown, mark, special, newline=text.endswith("\n") and not special)
 
     def _texts(self, ids: list[int]) -> list[str]:
+        # SentencePiece writes a space as ▁, and rare characters as one token for each byte: <0xE2>.
         texts = [(self._token(id) or UNREADABLE).replace("▁", " ") for id in ids]
         start = 0
         while start < len(texts):
@@ -87,16 +92,16 @@ class Spelling:
 
 
 def _characters(data: bytes) -> list[str]:
-    """One text a byte: a character where its first byte is, nothing for the rest of it."""
+    """One text for each byte: the character for its first byte, nothing for its other bytes."""
     texts = []
-    for char in data.decode("utf-8", "surrogateescape"):
+    for char in data.decode("utf-8", "surrogateescape"):  # bytes of no character become surrogates
         size = len(char.encode("utf-8", "surrogateescape"))
         texts += [char, *[""] * (size - 1)]
     return texts
 
 
 def printable(text: str) -> str:
-    """Text on one line, without characters that a terminal would act upon."""
+    """Text on one line, without characters that a terminal would obey."""
     return "".join(_PRINTABLE.get(char) or _visible(char) for char in text)
 
 

@@ -1,13 +1,13 @@
-"""The canvas, watched while it settles.
+"""The live view of a canvas while it settles.
 
-Every position is in one of three states, told apart by form as well as by colour: settled text is
-plain, an uncertain guess is underlined, and where there is only noise a dot stands for each character
-of the guess, so that words keep their place. Nothing here has a threshold of its own: the states follow
-from what the sampler accepted and from what the previous step guessed.
+Every position is in one of three states, which differ in form as well as in colour. Settled text is plain,
+an uncertain guess is underlined. Noise shows a dot for each character of the guess, so that words keep their
+place. This module has no threshold of its own: the states follow from the positions that the sampler accepted
+and from the guess of the previous step.
 
-Drawing has a thread of its own and takes one step a frame, so that the steps of a small model can be
-seen at all. The engine is never held up and its clock never sees a pause; the price is that the last
-frames of a fast model come a second or two after its reply is there.
+A thread of its own draws one step in each frame, so that the steps of a small model can be seen at all. The
+engine never waits for it and its clock never sees a pause. The price: the last frames of a fast model come a
+second or two after its reply.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dgemma.settings import GenerationConfig
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.view.pieces import NEWLINE, Mark, Piece, Spelling, marks, plain
 
-FRAME = 0.06  # seconds between two frames, and so the pace of the steps of a fast model
-BACKLOG = 24  # steps that may wait to be drawn before a frame takes more than one
+FRAME = 0.06  # seconds between two frames, which is the pace of a fast model's steps
+BACKLOG = 24  # steps that may wait before a frame takes more than one
 STYLES = {Mark.NOISE: "dim", Mark.UNCERTAIN: "underline yellow", Mark.SETTLED: ""}
 
 
 def styled(pieces: Iterable[Piece]) -> Text:
-    """Pieces as rich text; a settled newline breaks the line, any other is only shown."""
+    """Pieces as rich text. Only a settled newline breaks the line; others are shown as a sign."""
     text = Text()
     for piece in pieces:
         word = piece.text.lstrip(" ")
@@ -68,17 +68,17 @@ class _Row:
 
     @property
     def settled(self) -> float:
-        """Share of the canvas that is settled. Filler behind the stop token would only flatter it."""
+        """Share of the canvas that is settled, without the filler after the stop token."""
         return self._sure / max(1, len(self.pieces))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens a step so far; those of the canvas count once they are settled."""
+        """Tokens for each step so far; those of the canvas count once they are settled."""
         return (self.tokens + self._sure) / max(1, self.steps)
 
 
 class View:
-    """What the events so far look like; a rich renderable no larger than the terminal."""
+    """The picture of the events so far: a rich renderable no larger than the terminal."""
 
     def __init__(self, tokenizer: Tokenizer, config: GenerationConfig, rows: int = 1):
         self._spelling = Spelling(tokenizer, config.stop_ids)
@@ -89,7 +89,7 @@ class View:
         self._spent, self._timed = 0.0, 0
 
     def update(self, event: Event, seconds: float = 0.0) -> None:
-        """Take in an event; `seconds` is what the engine needed for it."""
+        """Take in an event, for which the engine needed `seconds`."""
         if isinstance(event, Prefill):
             self._prefill = f" {event.done}/{event.total}"
         elif isinstance(event, Draft):
@@ -111,14 +111,14 @@ class View:
         row.steps += 1
 
     def _time(self, draft: Draft, seconds: float) -> None:
-        # A canvas's first step comes with the encoding of the one before.
+        # The first step of a canvas is not timed: it includes the encoding of the canvas before.
         if draft.step > 1:
             self._spent += seconds
             self._timed += (draft.canvas, draft.step) != self._last
         self._last = (draft.canvas, draft.step)
 
     def line(self, row: int) -> str:
-        """A row's canvas on one line without escape codes, for what is no terminal."""
+        """A row's canvas on one line without escape codes, for logs and pipes."""
         r = self._rows[row]
         head = f"row {row + 1} " if len(self._rows) > 1 else ""
         return f"{head}canvas {r.canvas + 1} step {r.step}/{self._steps} {r.settled:4.0%}  {plain(r.pieces)}"
@@ -136,9 +136,9 @@ class View:
             yield Text(f"… and {count - shown} more rows", "dim", no_wrap=True, overflow="ellipsis")
 
     def _block(self, console: Console, index: int, width: int, height: int) -> list[Text]:
-        """The end of a row's text, and its status under it."""
+        """The end of a row's text, with its status below."""
         row = self._rows[index]
-        # More than a screen of text is never seen, and wrapping it all would take longer with every canvas.
+        # A screen of text is all that shows. Wrapping all of it would take longer with every canvas.
         start = max(0, len(row.committed) - width * height)
         text = (row.committed[start:] if start else row.committed.copy()).append_text(styled(row.pieces))
         lines = list(text.wrap(console, width)) if text.plain else []
@@ -166,7 +166,7 @@ class View:
 
 
 class Screen(Protocol):
-    """Takes events and the seconds each took, between `with` and its end."""
+    """Takes events inside a `with` block, each with the seconds that it took."""
 
     def feed(self, event: Event, seconds: float) -> None: ...
     def __enter__(self) -> Self: ...
@@ -176,7 +176,7 @@ class Screen(Protocol):
 
 
 class TerminalScreen:
-    """Draws a view in place, erases it at the end and leaves the terminal as it was."""
+    """Draws a view in place and erases it at the end, so that the terminal is as before."""
 
     def __init__(self, view: View, console: Console):
         self._view = view
@@ -197,10 +197,11 @@ class TerminalScreen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A finished run shows its last frames, an interrupted one none.
         (self._closing if kind is None else self._abort).set()
         try:
             self._thread.join()
-        finally:  # an interrupt may come while the last frames are drawn
+        finally:  # an interrupt may come during the last frames
             self._abort.set()
             self._thread.join()
             self._live.stop()
@@ -212,26 +213,26 @@ class TerminalScreen:
                 self._take()
             elif self._closing.is_set():
                 break
-            elif size == self._live.console.size:
+            elif size == self._live.console.size:  # a resized terminal is redrawn without news
                 continue
             size = self._live.console.size
             self._live.refresh()
 
     def _take(self) -> None:
-        """Bring the view one step of each row ahead, several where the engine is far ahead of it."""
+        """Advance the view by one step of each row, by several if the engine is far ahead."""
         for _ in range(1 + len(self._waiting) // BACKLOG):
             seen: set[int] = set()
             while self._waiting:
                 event = self._waiting[0][0]
                 if isinstance(event, Draft):
-                    if event.row in seen:
+                    if event.row in seen:  # this row's next step waits for the next frame
                         break
                     seen.add(event.row)
                 self._view.update(*self._waiting.popleft())
 
 
 class PlainScreen:
-    """Prints a line a step: for logs, pipes and terminals that cannot move their cursor."""
+    """Prints a line for each step: for logs, pipes and terminals that cannot move their cursor."""
 
     def __init__(self, view: View, console: Console):
         self._view, self._file = view, console.file
@@ -252,7 +253,7 @@ class PlainScreen:
 
 
 def moves_cursor(console: Console) -> bool:
-    """Whether a view can be redrawn in place there."""
+    """Whether this console can redraw a view in place."""
     return console.is_terminal and not console.is_dumb_terminal
 
 

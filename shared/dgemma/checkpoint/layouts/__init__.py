@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has: the formats of quantized tensors, one module each."""
+"""The layouts of quantized checkpoints, one module each, and how to tell them apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
 def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection[str]) -> Layout:
     """The layout that a `quantization` or `quantization_config` entry of config.json announces.
 
-    CheckpointError names `where`, what is announced and what is supported.
+    CheckpointError names `where`, the announcement and the supported ones.
     """
     if announcement is None:
         return Layout(names)

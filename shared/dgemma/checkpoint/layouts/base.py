@@ -1,10 +1,10 @@
-"""What a layout is: how a format names, types and cuts the tensors of a parameter.
+"""A layout: how a format names, types and cuts the tensors of a parameter.
 
-A layout is one description for both directions. `form` says how a parameter is stored, as config.json
-announces it and the tensors' names confirm; `pieces` lists the tensors that make it up, each with its name,
-type, shape and place in the record. The reader puts the pieces together (`dgemma.checkpoint.records`), a
-converter cuts them out, and whatever differs from the list is an error. So no format has a reading or a
-writing loop of its own.
+A layout is one description for both directions. `form` says how a parameter is stored: config.json announces
+it and the tensors' names confirm it. `pieces` lists the tensors of a parameter, each with its name, type,
+shape and place in the record. The reader puts the pieces together (`dgemma.checkpoint.records`), a converter
+cuts them out, and any difference from the list is an error. So no format needs its own reading or writing
+loop.
 
     O outputs (rows)  I inputs  E experts  M expert size
 """
@@ -26,11 +26,10 @@ Place = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """One stored tensor: a field of the record `role` says, or the part of it at `place`.
+    """One stored tensor: the record's field `role`, or the part of it at `place`.
 
-    Roles are the fields of `Quantized`, "value" for a tensor that is not quantized, and "unused" for what a
-    format stores and this program does not need. The first of `dtypes` and `shapes` is what is written; all
-    of them are read.
+    Roles are the fields of `Quantized`, "value" for a tensor that is not quantized, and "unused" for one that
+    this program does not need. The first of `dtypes` and `shapes` is written; all of them are read.
     """
 
     name: str
@@ -42,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """How a parameter is stored: its form (None: not quantized) and its tensors."""
+    """The storage of a parameter: its form (None: not quantized) and its tensors."""
 
     param: Param
     form: Form | None
@@ -51,9 +50,9 @@ class Source:
 
 
 class Layout:
-    """A format, for a checkpoint with tensors of these `names`: what is announced (in `where`), they confirm.
+    """A format, for a checkpoint with tensors of these `names`. They confirm the announcement in `where`.
 
-    This base is the unquantized one: every parameter one tensor under Hugging Face's name. MLX adds
+    This base is the unquantized one: every parameter is one tensor under Hugging Face's name. MLX adds
     `.weight` to the names of experts, quantized or not.
     """
 
@@ -63,7 +62,7 @@ class Layout:
         self.names, self.where = names, where
 
     def form(self, param: Param) -> Form | None:
-        """How `param` is stored, None for not quantized."""
+        """The form of `param`, None for not quantized."""
         return None
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
@@ -72,7 +71,7 @@ class Layout:
         yield Piece(f"{param.name}.weight" if of_mlx else param.name, "value", FLOATS, (param.shape,))
 
     def source(self, param: Param) -> Source:
-        """How `param` is stored, tensor by tensor."""
+        """The storage of `param`, tensor by tensor."""
         form = self.form(param)
         return Source(param, form, tuple(self.pieces(param, form)), self.divides(form))
 
@@ -86,7 +85,7 @@ class Layout:
 
 
 def module(param: Param) -> str:
-    """The module whose parameter this is: the name without `.weight`; experts are modules themselves."""
+    """The module of a parameter: its name without `.weight`; experts are modules themselves."""
     return param.name.removesuffix(".weight")
 
 
@@ -97,7 +96,7 @@ def is_linear(param: Param) -> bool:
 
 
 def check_experts(param: Param, names: Collection[str], where: str) -> None:
-    """CheckpointError for more experts than tensors: a list of theirs would be as long as announced."""
+    """CheckpointError for more experts than tensors: a false number must not make a list of that length."""
     if names and param.group == "experts" and param.shape[0] > len(names):
         raise CheckpointError(
             f"{where}: announces {param.shape[0]} experts for {param.name!r}, but the files hold "
@@ -108,7 +107,7 @@ def check_experts(param: Param, names: Collection[str], where: str) -> None:
 def linears(param: Param) -> Iterator[tuple[str, Place | None, tuple[int, int]]]:
     """The separate linear layers of a parameter: module, place in the stack, shape [O, I].
 
-    Formats that quantize layer by layer take stacks of experts apart, and gate from up.
+    Formats that quantize layer by layer take stacks of experts apart, and separate gate from up.
     """
     if param.group != "experts":
         yield module(param), None, (param.shape[0], param.shape[1])
@@ -127,7 +126,7 @@ def nvfp4_pieces(
     path: str, place: Place | None, shape: tuple[int, int], names: tuple[str, str, str, str]
 ) -> Iterator[Piece]:
     """The tensors of one NVFP4 linear layer [O, I] under their four names: codes, block scales, factor, and
-    the scale of activations, which is not needed. Scalars are written as [] and read as [1], too.
+    the unused scale of activations. Scalars are written as [] and read as [] or [1].
     """
     rows, inputs = shape
     codes, scales, factor, unused = (f"{path}.{name}" for name in names)
@@ -139,7 +138,7 @@ def nvfp4_pieces(
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether an exclusion pattern names a module or one that it lies in.
+    """Whether an exclusion pattern names a module or one around it.
 
     Patterns are paths, tails of paths or wildcards, as exporters write all three.
     """
@@ -163,5 +162,5 @@ def unsupported(where: str, what: str) -> CheckpointError:
 
 
 def strings(value: Any) -> list[str]:
-    """The strings of a list in a file, nothing for anything else."""
+    """The strings of a list from a file; empty for anything else."""
     return [item for item in value if isinstance(item, str)] if isinstance(value, Iterable) else []

@@ -1,10 +1,10 @@
-"""compressed-tensors' layouts (RedHatAI): NVFP4 with a global scale that divides, FP8 with a scale a row.
+"""compressed-tensors' layouts (RedHatAI): NVFP4 with a global scale that divides, FP8 with scales of rows.
 
     nvfp4-pack-quantized: weight_packed U8 [O, I/2], weight_scale F8_E4M3 [O, I/16],
                           weight_global_scale F32 [1], input_global_scale F32 [1]
     float-quantized:      weight F8_E4M3 [O, I], weight_scale [O, 1]
 
-Both take stacks of experts apart. `ignore` lists modules, or regular expressions that begin with "re:".
+Both take stacks of experts apart. `ignore` lists modules, or regular expressions after "re:".
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class CompressedLayout(Layout):
             return NVFP4
         if FP8 in self.announced and f"{first}.weight_scale" in self.names:
             return FP8
-        # Experts must be quantized: what is missing is then said tensor by tensor.
+        # Experts must be quantized, so that the error lists each missing tensor.
         wanted = param.group == "experts" and not (self.opaque and param.name in self.names)
-        return min(self.announced, key=str) if wanted else None
+        return min(self.announced, key=str) if wanted else None  # a set's order differs from run to run
 
     def _ignores(self, path: str) -> bool:
         return any(matches(path, pattern) for pattern in self.ignored)
@@ -87,8 +87,8 @@ _NVFP4_NAMES = ("weight_packed", "weight_scale", "weight_global_scale", "input_g
 def _wildcard(pattern: str) -> str | None:
     """An ignore entry as a wildcard; None for a regular expression that is more than one.
 
-    Expressions come from a file and are never run: one can keep a matcher busy for ever. What an entry that
-    is not understood would have left out, the tensors show.
+    Expressions come from a file and are never run: one can keep a matcher busy for ever. The tensors show
+    what an unreadable entry leaves out.
     """
     if not pattern.startswith("re:"):
         return pattern
@@ -107,7 +107,7 @@ def _format_form(name: Any, where: str) -> Form:
 
 
 def _group_form(group: Any, announcement: Mapping[str, Any], where: str) -> Form:
-    """The form of one entry of `config_groups`; its own numbers must be those of the format."""
+    """The form of one entry of `config_groups`, whose own numbers must be those of the format."""
     if not isinstance(group, Mapping) or not isinstance(weights := group.get("weights"), Mapping):
         raise unsupported(where, f"an unreadable compressed-tensors group {reprlib.repr(group)}")
     form = _format_form(group.get("format") or announcement.get("format"), where)

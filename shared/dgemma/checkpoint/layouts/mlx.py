@@ -1,10 +1,10 @@
 """MLX's layout (mlx-community): `weight` words, `scales` and `biases` beside each other, experts stacked.
 
 config.json has a default {group_size, bits, mode} under "quantization" and, by module path, an override or
-false. A module without an override is quantized if it has `scales`: that is how MLX reads the files itself.
+false. A module without an override is quantized if it has `scales`: MLX itself reads the files so.
 
-NVFP4 has no place for a factor in MLX; where a converted checkpoint needs one, it is `weight_scale_2`, which
-mlx-vlm (0.7.10) reads too: one number, or one an expert, or one a row.
+MLX has no place for NVFP4's factor. A converted checkpoint that needs one has `weight_scale_2`, which mlx-vlm
+(0.7.10) reads too: one number, or one for each expert, or one for each row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MlxLayout(Layout):
     def __init__(self, announcement: Mapping[str, Any], where: str, names: Collection[str] = ()):
         super().__init__(names, where)
         self.default = self._form(announcement, "quantization")
-        # mlx-vlm writes some paths with the name of the wrapper in front.
+        # mlx-vlm puts the name of the wrapper before some paths.
         self.overrides = {
             path.removeprefix("language_model."): value
             for path, value in announcement.items()
@@ -41,7 +41,7 @@ class MlxLayout(Layout):
         return True
 
     def _form(self, entry: Mapping[str, Any], key: str) -> Form:
-        """The form of {group_size, bits, mode}; without a mode it is affine."""
+        """The form of {group_size, bits, mode}; the default mode is affine."""
         mode, bits, group = entry.get("mode", "affine"), entry.get("bits"), entry.get("group_size", 64)
         fault = f"{self.where}: {key}: "
         if mode == "affine":

@@ -1,10 +1,10 @@
 """What a backend must offer: a few primitives to fill in, and composites that are defined here.
 
 A primitive raises until a backend supplies it. A composite's body *is* its definition, written with
-primitives; a backend overrides one only where a measurement says it is faster, and a test holds the override
-against this body on NumPy float64. No formula of the model lives outside this package.
+primitives. A backend overrides one only if a measurement says it is faster, and a test compares the override
+with this body on NumPy float64. No formula of the model lives outside this package.
 
-One file has one kind, and each stands on the one before:
+Each file has one kind and builds on the one before:
 
     arrays      arrays of the backend, their types, elementwise operations and reductions
     runtime     memory, compiling, evaluation, notices

@@ -23,11 +23,11 @@ class Decoding(Runtime):
     """Loading weights, and products with them."""
 
     def load(self, stored: Stored, wide: bool = False) -> Array:
-        """A stored tensor to the device, in the compute type, or the wide type; never a view of the file."""
+        """A stored tensor to the device, in the compute or the wide type; never a view of the mapped file."""
         raise NotImplementedError
 
     def raw(self, x: np.ndarray) -> Array:
-        """Bytes (uint8) to the device as they are; never a view of `x`."""
+        """Bytes (uint8) to the device as they are; never a view of `x`, which may map a file."""
         raise NotImplementedError
 
     def integer(self, x: Array) -> Array:
@@ -35,18 +35,18 @@ class Decoding(Runtime):
         raise NotImplementedError
 
     def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
-        """x [..., I] times weight [O, I] transposed, plus bias [O]. The weight may be a record."""
+        """x [..., I] times weight [O, I] transposed, plus bias [O] -> [..., O]. Takes a record, too."""
         raise NotImplementedError
 
     def expert_linear(self, x: Array, weight: Array, experts: Array) -> Array:
-        """Row r of x [R, I] times weight[experts[r]] ([E, O, I]) transposed; `experts` [R] ascends.
+        """Row r of x [R, I] times weight[experts[r]] transposed -> [R, O]; weight [E, O, I], experts [R] int.
 
-        The weight may be a record: then no more than one expert is widened at a time.
+        `experts` ascends. The weight may be a record: at most one expert is widened at a time then.
         """
         raise NotImplementedError
 
     def upload(self, record: Quantized) -> Quantized:
-        """A record of `Stored` fields to the device; scales of a type wider than bfloat16 stay wide."""
+        """A record of `Stored` fields to the device. Scales of a type wider than bfloat16 stay wide."""
 
         def field(stored: Stored) -> Array:
             if stored.data.dtype == np.uint8:
@@ -56,12 +56,12 @@ class Decoding(Runtime):
         return record.map(field)
 
     def arrange(self, record: Quantized, name: str) -> Any:
-        """A placed matrix or stack of experts ("gate_up", "down") as `linear` and `experts` read it best."""
+        """An uploaded matrix, or a stack of experts ("gate_up", "down"), as its product reads it fastest."""
         return record
 
 
 def unpack(ops: Decoding, codes: Array, bits: int) -> Array:
-    """Codes [..., n] of a stream of bits, bytes [..., n·bits/8]: eight codes fill `bits` bytes."""
+    """Integer codes [..., n] of bytes [..., n·bits/8], low bits first: eight codes fill `bits` bytes."""
     octets = ops.integer(codes)
     if bits == 8:
         return octets
@@ -71,16 +71,16 @@ def unpack(ops: Decoding, codes: Array, bits: int) -> Array:
     for start in range(0, count * bits, bits):
         byte, shift = divmod(start, 8)
         part = octets[..., byte] >> shift
-        if shift + bits > 8:
+        if shift + bits > 8:  # a code of 3, 5 or 6 bits may cross into the next byte
             part = part | octets[..., byte + 1] << (8 - shift)
         parts.append((part & (2**bits - 1))[..., None])
     return ops.concat(parts, -1).reshape(*octets.shape[:-2], -1)
 
 
 def dequantize(ops: Decoding, w: Quantized) -> Array:
-    """The matrix or stack of a record, wide: code · scale (+ bias), times or by the factor.
+    """The matrix [O, I] or stack [E, O, I] of a record, wide: code · scale (+ bias), times or by the factor.
 
-    Exact on NumPy: that is the definition of each format (`dgemma.formats.quantized`, checkpoints.md).
+    This body on NumPy is exact and defines each format (`dgemma.formats.quantized`, checkpoints.md).
     """
     y = unpack(ops, w.codes, w.form.bits)
     y = ops.to_wide(y) if w.form.is_affine else ops.take(ops.constant(TABLES[w.form.code_type or ""]), y)
@@ -98,5 +98,5 @@ def dequantize(ops: Decoding, w: Quantized) -> Array:
 
 
 def dense(ops: Decoding, weight: Array) -> Array:
-    """A weight as an array: a record is decoded into the compute type, an array is passed on."""
+    """A weight as an array of its own shape. A record is decoded to the compute type, an array passes."""
     return ops.to_compute(dequantize(ops, weight)) if isinstance(weight, Quantized) else weight

@@ -1,10 +1,10 @@
 """The layers' composites: their bodies are the definitions, written with primitives.
 
-A backend overrides a method only where a measurement says it is faster, and a test holds the override against
-this body on NumPy float64. What no backend overrides is a plain function.
+A backend overrides a method only if a measurement says it is faster, and a test compares the override with
+this body on NumPy float64. Composites that no backend overrides are plain functions.
 
     B rows (sequences)  L queries  S keys  D hidden  H heads  G KV heads  C head size
-    N tokens (B·L)  E experts  K picks a token  M expert size
+    N tokens (B·L)  F dense MLP  E experts  K picks a token  M expert size
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights
 class Mask:
     """What queries, the last L of S slots, may see.
 
-    `pad` [B]: slots before it hold no token; None where every slot holds one. `causal`: nothing behind the
-    query itself. `window`: the last so many slots, the query's own included, of causal attention only: a
-    canvas has its keys cut beforehand.
+    `pad` [B] int: slots before it hold no token; None if every slot holds one. `causal`: nothing after the
+    query itself. `window`: only the last so many slots, the query's own included. It holds for causal
+    attention only; the cache cuts the keys of a canvas.
     """
 
     pad: Array | None = None
@@ -35,16 +35,19 @@ class Layers(Decoding):
     """Norms, attention, experts."""
 
     def layer_weights(self, w: LayerWeights) -> LayerWeights:
-        """A layer's placed matrices as `gated` and `heads` read them best."""
+        """A layer's uploaded matrices, stacked if `gated` and `heads` read them faster so."""
         return w
 
     def softmax(self, x: Array, axis: int) -> Array:
-        """Softmax in the type of `x`, which callers make wide."""
+        """Softmax along one axis, in the type of `x`; callers pass a wide one."""
         e = self.exp(x - self.max(x, axis, keepdims=True))
         return e / self.sum(e, axis, keepdims=True)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
-        """x / rms(x) · weight over the last axis, computed wide, in x's type (not `1 + weight`)."""
+        """x / rms(x) · weight [D] over the last axis of x [..., D], computed wide, in x's type.
+
+        The factor is `weight`, not `1 + weight` as in earlier Gemmas.
+        """
         y = self.to_wide(x)
         y = y * (self.sum(y * y, -1, keepdims=True) / y.shape[-1] + eps) ** -0.5
         if weight is not None:
@@ -56,8 +59,8 @@ class Layers(Decoding):
     ) -> tuple[Array, Array, Array, Array]:
         """The stream h + norm(a)·post, and three norms of it: for the dense MLP, the experts, the router.
 
-        All [..., D]. The router's is wide, its weight scale/√D: bf16 logits tie in 5 % of rows, and a tie
-        flips a pick.
+        All are [..., D], the weights [D]. The router does not read the experts' norm but its own of the raw
+        stream, with weight scale/√D. It is wide: bf16 logits tie in 5 % of rows, and a tie flips a pick.
         """
         h = h + self.rms_norm(a, post, eps)
         routed = self.rms_norm(self.to_wide(h), router, eps) * h.shape[-1] ** -0.5
@@ -74,23 +77,23 @@ class Layers(Decoding):
         scalar: Array,
         eps: float,
     ) -> Array:
-        """(h + norm(norm(m)·post_mlp + norm(e)·post_experts)·post) · scalar: how a layer ends.
+        """The end of a layer: (h + norm(norm(m)·post_mlp + norm(e)·post_experts)·post) · scalar -> [..., D].
 
-        The stream h, the dense MLP's m and the experts' e are [..., D], scalar [1].
+        The stream h, the dense MLP's m and the experts' e are [..., D], the weights [D], the scalar [1].
         """
         both = self.rms_norm(m, post_mlp, eps) + self.rms_norm(e, post_experts, eps)
         return (h + self.rms_norm(both, post, eps)) * scalar
 
     def gelu(self, x: Array) -> Array:
-        """GELU, tanh approximation: x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), computed wide.
+        """GELU, tanh approximation: x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))), elementwise, computed wide.
 
-        In bfloat16 the sum 1 + tanh cancels: 4 % off at x = −2.
+        The sum 1 + tanh cancels in bfloat16: 4 % off at x = −2.
         """
         y = self.to_wide(x)
         return self.like(0.5 * y * (1.0 + self.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y))), x)
 
     def gated(self, x: Array, gate: Array, up: Array) -> Array:
-        """gelu(x gateᵀ) · (x upᵀ) of x [..., D]: the first half of a dense MLP."""
+        """gelu(x gateᵀ) · (x upᵀ) for x [..., D], gate and up [F, D] -> [..., F]."""
         return geglu(self, self.linear(x, gate), self.linear(x, up))
 
     def heads(
@@ -103,43 +106,43 @@ class Layers(Decoding):
         return q, k, as_heads(self, v, C, None, eps, None)
 
     def keys_values(self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any) -> KV:
-        """k and v of `heads`, where nothing reads q."""
+        """k and v [B, G, L, C] of `heads`, for layers whose q nothing reads."""
         return self.heads(x, w, bias, eps, rotary)[1:]
 
     def project(self, x: Array, w: AttentionWeights, bias: BiasWeights) -> tuple[Array, Array, Array]:
         """The three products q [B, L, H·C] and k, v [B, L, G·C] of x [B, L, D]."""
         q, k = self.linear(x, w.q, bias.q), self.linear(x, w.k, bias.k)
-        # On full layers V is k_proj's output *before* k_norm and RoPE.
+        # V of full layers is k_proj's output *before* k_norm and RoPE.
         return q, k, k if w.v is None else self.linear(x, w.v, bias.v)
 
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         """softmax(q kᵀ) v with q [B, H, L, C], k and v [B, G, S, C], softmax wide -> [B, H, L, C].
 
-        Scores are not scaled (model.md).
+        Scores are not scaled by 1/√C (model.md).
         """
         B, H, L, C = q.shape
         G, S = k.shape[1], k.shape[2]
-        # Heads of one KV head become rows: K and V are never repeated.
+        # Query heads that share a KV head become rows, so K and V are never repeated.
         rows = self.to_wide(q).reshape(B, G, H // G * L, C)
         scores = (rows @ self.transpose(self.to_wide(k), 0, 1, 3, 2)).reshape(B, H, L, S)
         seen = visible(self, L, S, mask)
-        if seen is not None:
+        if seen is not None:  # not −inf, whose difference with itself is NaN
             scores = self.where(seen, scores, -1e30)
         p = self.softmax(scores, -1).reshape(B, G, H // G * L, S)
         return self.like((p @ self.to_wide(v)).reshape(B, H, L, C), q)
 
     def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-        """Attention of q [B, H, L, C] over the keys and values [B, G, ·, C] of `past`, then its `own` L."""
+        """Attention of q [B, H, L, C] over `past` [B, G, S − L, C], then `own` [B, G, L, C] -> like q."""
         k, v = own
         if past is not None:
             k, v = self.concat([past[0], k], 2), self.concat([past[1], v], 2)
         return self.attention(q, k, v, mask)
 
     def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
-        """Weights [N, K] (wide) and experts [N, K] of tokens r [N, D], wide: see `open_branches`.
+        """Weights [N, K] wide and expert ids [N, K] for r [N, D] wide, the router's norm of `open_branches`.
 
-        Softmax over all experts, the K best renormalised to sum 1, then each times its expert's scale
-        (model.md). All of it is wide.
+        Softmax runs over all E experts (proj [E, D]). The K best are renormalised to sum 1, then each is
+        multiplied by its expert_scale [E] (model.md). All of it is wide.
         """
         p = self.softmax(self.linear(r, self.to_wide(proj)), -1)
         weights, ids = top_k(self, p, k)
@@ -149,12 +152,14 @@ class Layers(Decoding):
     def experts(self, x: Array, weights: Array, ids: Array, gate_up: Array, down: Array) -> Array:
         """Σ_k weights[n, k] · expert_{ids[n, k]}(x[n]) for x [N, D] -> [N, D].
 
-        Rows are sorted by expert, so that each expert is one matrix product over adjacent rows.
+        gate_up is [E, 2M, D], gate rows first, down [E, D, M]. Rows are sorted by expert, so that each expert
+        is one matrix product over adjacent rows.
         """
         N, K = ids.shape
         flat = ids.reshape(N * K)
         order = self.argsort(flat, 0)
         rows = self.take(flat, order)
+        # Pick i is one of token i // K.
         y = self.expert_linear(self.take(x, order // K), gate_up, rows)
         half = y.shape[-1] // 2
         y = self.expert_linear(geglu(self, y[:, :half], y[:, half:]), down, rows)
@@ -163,19 +168,22 @@ class Layers(Decoding):
 
 
 def geglu(ops: Layers, gate: Array, up: Array) -> Array:
-    """gelu(gate) · up."""
+    """gelu(gate) · up, elementwise."""
     return ops.gelu(gate) * up
 
 
 def rotary(ops: Layers, offset: Array, length: int, frequencies: Array) -> Any:
-    """What `rope` needs for `length` positions from offset [B] on: here cos and sin [B, 1, L, C/2]."""
+    """The input of `rope` for L = `length` positions from offset [B] on: cos and sin [B, 1, L, C/2], wide.
+
+    Angles are wide: bfloat16 has 8 bits, and positions need 18.
+    """
     positions = ops.to_wide(offset)[:, None] + ops.to_wide(ops.arange(length))[None, :]
     angles = positions[:, None, :, None] * frequencies
     return ops.cos(angles), ops.sin(angles)
 
 
 def rope(ops: Layers, x: Array, rotary: Any) -> Array:
-    """Rotate the pairs (i, i + C/2) of x [B, heads, L, C]; computed wide."""
+    """Rotate the pairs (i, i + C/2) of x [B, heads, L, C]; computed wide, in x's type."""
     cos, sin = rotary
     half = x.shape[-1] // 2
     y = ops.to_wide(x)
@@ -184,7 +192,10 @@ def rope(ops: Layers, x: Array, rotary: Any) -> Array:
 
 
 def as_heads(ops: Layers, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
-    """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed, and rotated unless None."""
+    """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed with weight [C] or none.
+
+    They are rotated unless `rotary` is None. The norm comes before the rotation.
+    """
     x = ops.transpose(y.reshape(*y.shape[:2], -1, size), 0, 2, 1, 3)
     x = ops.rms_norm(x, weight, eps)
     return x if rotary is None else rope(ops, x, rotary)
@@ -193,8 +204,7 @@ def as_heads(ops: Layers, y: Array, size: int, weight: Array | None, eps: float,
 def visible(ops: Layers, L: int, S: int, mask: Mask) -> Array | None:
     """Which keys a query may see, [B or 1, 1, L, S] bool, or None for all.
 
-    Queries are the last L of the S slots. A padding query sees itself, so that no row of scores is empty and
-    nothing becomes NaN.
+    Queries are the last L of the S slots. A padding query sees itself, so no row of scores is empty.
     """
     seen = None
     key = ops.arange(S)[None, None, None, :]
@@ -204,11 +214,11 @@ def visible(ops: Layers, L: int, S: int, mask: Mask) -> Array | None:
     if mask.causal:
         seen = key <= query if seen is None else seen & (key <= query)
         if mask.window is not None and mask.window < S:
-            seen = seen & (key > query - mask.window)
+            seen = seen & (key > query - mask.window)  # the window counts the query itself
     return seen
 
 
 def top_k(ops: Layers, x: Array, k: int) -> tuple[Array, Array]:
-    """The k largest of the last axis, values and ids, largest first, ties to the lower id."""
+    """Values and ids [..., k] of the k largest of x [..., n], largest first, ties to the lower id."""
     ids = ops.argsort(-x, -1)[..., :k]
     return ops.take_along(x, ids, -1), ids

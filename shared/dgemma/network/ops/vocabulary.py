@@ -1,4 +1,4 @@
-"""The vocabulary: tokens to embeddings, hidden states to what the head says of them, and back.
+"""The vocabulary: tokens to embeddings, hidden states to logits, samples and soft embeddings.
 
 N positions  D hidden  V vocabulary  v some of its tokens
 """
@@ -12,27 +12,26 @@ from dgemma.network.ops.arrays import Array
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.layers import Layers, top_k
 
-# What a sparse row is said to leave out at least, so that it can be told from a dense one.
+# The least `missing` of a sparse row: 0 marks a dense one.
 TRACE = 1e-30
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the vocabulary says of each position, still on the device."""
+    """What the vocabulary says of each position. All arrays are on the device."""
 
     argmax: Array  # [N] int
     sample: Array  # [N] int, drawn with the given uniforms
     entropy: Array  # [N] wide, nats
     soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
-    # [N] wide: probability that `soft` leaves out at most, 0 in dense rows. None where all had to be dense.
+    # [N] wide: `soft` leaves out at most this probability, 0 in dense rows. None if no bound was given.
     missing: Array | None = None
 
 
 class Vocabulary(Layers):
-    """What the head says of a position, never with more than one plane of logits."""
+    """What the head says of each position, with at most one plane of logits in memory."""
 
-    # Vocabulary entries whose logits are made at once. One float32 plane of [rows, V] exists, in tiles
-    # of this width, and no second one.
+    # Width of a tile of logits. One float32 plane of [rows, V] exists, in such tiles, and no second one.
     vocab_tile = 32768
     # Rows of that plane at once: 256 × 262,144 float32 are 268 MB.
     vocab_rows = 256
@@ -40,7 +39,10 @@ class Vocabulary(Layers):
     soft_tokens = 128
 
     def soft_embedding(self, p: Array, table: Array) -> Array:
-        """p @ table: p [..., v] wide, in the table's type for the product (as the reference does)."""
+        """p @ table -> [..., D] compute, for p [..., v] wide and table [v, D], which may be a record.
+
+        The product is in the table's type, as in the reference.
+        """
         return self.to_compute(p) @ dense(self, table)
 
     def vocabulary(
@@ -54,16 +56,16 @@ class Vocabulary(Layers):
     ) -> Prediction:
         """Argmax, sample, entropy and soft embedding of h [N, D] against the table [V, D].
 
-        With z = logits / temperature (wide [N], or one number for all) and p = softmax(z): entropy
-        −Σ p log p; the sample is the first token whose cumulative p exceeds its uniform [N]. Two passes over
-        tiles of z: the first gathers maximum and sums online, the second turns tiles into probabilities.
+        z = logits / temperature (wide [N], or one number for all), p = softmax(z). The entropy is −Σ p log p.
+        The sample is the first token whose cumulative p exceeds its uniform [N]. Two passes run over tiles of
+        z: the first finds maximum and sums, the second turns tiles into probabilities.
 
-        With a `soft_bound` a soft embedding may leave out that much probability. A row whose most probable
-        `soft_tokens` leave out no more is *sparse*: it is made of those alone; every other row is dense.
-        Which tokens are kept is a backend's own (runs of 32, or the first of those that are probable), so
-        all that is promised is the bound: beyond its rounding `soft` is off by `missing` times the largest
-        value of the table at most. A backend may read the host to tell the rows apart: with a bound this
-        must not be recorded or compiled.
+        A soft embedding may leave out the probability `soft_bound`. A row is *sparse* if its most probable
+        `soft_tokens` leave out no more: it is made of those alone. Every other row is dense. Each backend
+        chooses which tokens it keeps (runs of 32, or the first of the probable ones), so only the bound is
+        promised: beyond rounding, `soft` is off by at most `missing` times the largest value of the table.
+        A backend may read the host to tell the rows apart, so a call with a bound must not be recorded or
+        compiled.
         """
         heat: Array = temperature if getattr(temperature, "ndim", 0) else uniforms * 0.0 + temperature
         parts: list[Prediction] = []
@@ -85,7 +87,10 @@ class Vocabulary(Layers):
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
-        """`vocabulary` of no more than `vocab_rows` rows; temperature [N] wide. The one thing to override."""
+        """`vocabulary` of at most `vocab_rows` rows h [N, D]; temperature and uniforms [N] wide.
+
+        Backends override this method, not `vocabulary`.
+        """
         edges = range(0, table.shape[0], self.vocab_tile)
         tiles: list[Array] = []
         for a in edges:
@@ -110,31 +115,32 @@ class Vocabulary(Layers):
             if floor is not None:
                 p = self.where(z < floor, p * 0.0, p)
             soft = soft + self.to_wide(self.soft_embedding(p, table[a : a + self.vocab_tile]))
-        # Rounding can leave the last cumulative sum below the uniform: then no token exceeds it.
+        # Rounding can leave the last cumulative sum below the uniform, so that no token exceeds it.
         sample = self.where(sample < table.shape[0], sample, argmax)
         entropy = self.log(mass) - weighted / mass
         return Prediction(argmax, sample, entropy[:, 0], self.to_compute(soft), missing)
 
 
 def embed(ops: Vocabulary, table: Array, ids: Array) -> Array:
-    """Rows of the embedding table, in the compute type."""
+    """Rows [..., D] of the embedding table [V, D] for ids [...], in the compute type."""
+    # A quantized table is indexed before it is decoded: its whole would take V·D values.
     return dense(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
 
 
 def logits(ops: Vocabulary, h: Array, table: Array, softcap: float) -> Array:
-    """softcap · tanh(h @ tableᵀ / softcap), wide; h [..., D], table [v, D]."""
+    """softcap · tanh(h @ tableᵀ / softcap) -> [..., v] wide; h [..., D], table [v, D]."""
     return soft_cap(ops, ops.to_wide(ops.linear(h, table)), softcap)
 
 
 def soft_cap(ops: Vocabulary, z: Array, cap: float) -> Array:
-    """cap · tanh(z / cap)."""
+    """cap · tanh(z / cap), elementwise; z is wide."""
     return cap * ops.tanh(z / cap)
 
 
 def _few(ops: Vocabulary, tiles: list[Array], top: Array, mass: Array, bound: float) -> tuple[Array, Array]:
     """The least z [N, 1] that a row's soft embedding keeps, and the probability [N] that it leaves out.
 
-    Tokens as probable as the last of the most probable `soft_tokens` are kept too.
+    `tiles` are z [N, v] each, `top` and `mass` [N, 1]. Ties with the last kept token are kept too.
     """
     best = tiles[0][:, :0]
     for z in tiles:
@@ -149,7 +155,7 @@ def _few(ops: Vocabulary, tiles: list[Array], top: Array, mass: Array, bound: fl
 
 
 def _peak(ops: Vocabulary, tiles: list[Array], edges: range) -> tuple[Array, Array]:
-    """Maximum [N, 1] and its first place [N] over all tiles."""
+    """Maximum [N, 1] and its first place [N] over all tiles [N, v], which begin at `edges`."""
     top, argmax = ops.max(tiles[0], -1, keepdims=True), ops.argmax(tiles[0], -1)
     for z, a in zip(tiles[1:], edges[1:], strict=True):
         peak = ops.max(z, -1, keepdims=True)
