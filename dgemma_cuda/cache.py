@@ -22,7 +22,7 @@ def bucket(slots: int) -> int:
 
 
 class BucketCache(Cache):
-    """A cache that stores buckets; of sliding layers no more than the plain cache keeps."""
+    """A cache that stores buckets; sliding layers store no more than in the plain cache."""
 
     @property
     def slots(self) -> int:
@@ -35,6 +35,7 @@ class BucketCache(Cache):
         return other
 
     def _stored(self, kv: KV, index: int) -> KV:
+        """Keys and values [B, G, ·, C] of a layer in as many slots as it stores."""
         slots = kv[0].shape[2]
         return kv if slots == self._size(slots, index) else self._joined(None, kv, index)
 

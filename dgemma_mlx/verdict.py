@@ -56,7 +56,7 @@ def path() -> Path:
 
 
 def write(verdict: Mapping[str, str | None]) -> Path:
-    """Keep, by kernel, why it is off, or None where it runs; replaces what was there in one rename."""
+    """Keep why each kernel is off, None where it runs; one rename replaces what was there."""
     place = path()
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_suffix(f".{os.getpid()}")

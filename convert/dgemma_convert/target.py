@@ -16,7 +16,7 @@ Forms = Mapping[str, Form | None]  # by parameter name
 
 
 class Target:
-    """Base of the formats that can be written. What it says itself is the plain one, quantizing nothing."""
+    """Base of the formats that can be written; by itself the plain one, which quantizes nothing."""
 
     name = ""
     stores: tuple[str, ...] = ()  # modes beside bf16

@@ -2,10 +2,9 @@
 
 Blackwell's tensor cores multiply FP4 codes under E4M3 scales as they are stored, at four times the rate of
 bfloat16. So activations are quantized on the way, as a checkpoint's weights are: a float32 factor a row, an
-E4M3 scale for 16 inputs, E2M1 codes. What that may save is decoding, which binds W4A16 on a B200, and
-products of bfloat16, which bind it on an RTX 5090; no GPU has timed it. The price: what a layer's experts
-make of random heavy-tailed data is off by 15 % (tests/kernels/test_fp4.py), and two launches more a layer.
-Hence an opt-in.
+E4M3 scale for 16 inputs, E2M1 codes. That may save decoding, which binds W4A16 on a B200, and products of
+bfloat16, which bind it on an RTX 5090; no GPU has timed it. The price: a layer's experts are off by 15 % on
+random heavy-tailed data (tests/kernels/test_fp4.py), and a layer has two launches more. Hence an opt-in.
 
     N tokens  K picks a token  E experts  D hidden  M expert size
 """
@@ -112,7 +111,7 @@ def quantized(x: torch.Tensor, width: int, plan: Plan | None = None, E: int = 0)
 
 
 def quantized_plain(x: torch.Tensor) -> torch.Tensor:
-    """The values of `quantized`, by way of the host, as the format's own encoder has them: float32."""
+    """The values [N, I] float32 of `quantized`, as the format's own encoder makes them on the host."""
     rows = x.float().cpu().numpy()
     factor = np.abs(rows).max(-1) / np.float32(2688)
     record = blocks(rows, NVFP4, np.where(factor == 0, np.float32(1), factor))

@@ -3,8 +3,8 @@
 Four launches do a layer's experts: the plan, gate and up with GELU, down with the router's weight, and the
 sum over picks. Weights are decoded in registers on their way to the tensor cores, so that a step reads each
 chosen expert once, as it is stored. What lies between the launches is bfloat16, as between the composite's
-products; sums are float32, and the last one has a fixed order, so that a result does not depend on
-scheduling, as it would with atomic additions. The price is that weights come in the order of `layout`.
+products. Sums are float32, and the last one has a fixed order: a result does not depend on scheduling, as it
+would with atomic additions. The price: weights come in the order of `layout`.
 
     N tokens  K picks a token  E experts  D hidden  M expert size
 """
@@ -38,8 +38,8 @@ class Config:
 TILE_ROWS = {"gate_up": 64, "down": 128}
 # Rows of a block that an architecture takes for a canvas's 16 picks an expert; see `block_rows`.
 CANVAS_ROWS = {80: 32, 89: 16, 90: 32, 100: 32, 120: 16}
-# From what compiles best without a GPU at hand (tests/kernels/test_aot.py), not from timings. 64 rows fill
-# mma.sync and wgmma from the left, too, and then an instruction has more columns of weights.
+# Chosen by what compiles best without a GPU (tests/kernels/test_aot.py), not by timings. 64 rows also fill
+# mma.sync and wgmma from the left, and then an instruction has more columns of weights.
 CONFIGS: dict[tuple[int, int], Config] = {
     (arch, rows): Config(swap=rows < 64 or arch == 100, stages=3 if arch in (89, 120) else 4)
     for arch in CANVAS_ROWS
