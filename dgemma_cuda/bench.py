@@ -3,7 +3,7 @@
 The model has random weights made on the device. A part is timed by itself over all layers, so that weights
 come from memory as they do in a step; the whole step is timed as the engine runs it, one host read a step.
 The floor of a part is the larger of its bytes over the measured copy bandwidth and its products over the
-measured matrix throughput. On a CPU the same program runs, for its tests.
+measured matrix throughput. The same program runs on a CPU, for its tests.
 
     B rows  L canvas  S slots  N = B·L tokens  D hidden  V vocabulary  K picks
 """

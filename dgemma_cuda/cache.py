@@ -40,12 +40,12 @@ class BucketCache(Cache):
         return kv if slots == self._size(slots, index) else self._joined(None, kv, index)
 
     def _size(self, slots: int, index: int) -> int:
-        """What a layer stores of so many slots: no padding once some are dropped, as `trim` counts them."""
+        """Slots that a layer stores of so many: no padding once some are dropped, as `trim` counts."""
         size = min(self.slots, self._kept(index) or self.slots)
         return size if slots >= self.length else min(size, slots)
 
     def _joined(self, old: KV | None, new: KV, index: int) -> KV:
-        """The last slots of both, as new arrays: views would hold all they were cut from, in its strides."""
+        """The last slots of both [B, G, ·, C] as new arrays: views would hold all they were cut from."""
         k, v = new
         old = (k[:, :, :0], v[:, :, :0]) if old is None else old
         size = self._size(old[0].shape[2] + new[0].shape[2], index)

@@ -55,7 +55,7 @@ class Copied:
         self.seen = x.clone()
 
     def take(self, x: torch.Tensor) -> None:
-        """Copy x, of the recorded shape, to where the recording reads."""
+        """Copy x, an array [...] of the recorded shape, to where the recording reads."""
         self.seen.copy_(x)
 
 
@@ -101,7 +101,7 @@ class Graphed:
 
 
 def _kind(x: Any) -> Any:
-    """What an argument must have in common with a recorded one: strides, too, where it is not copied."""
+    """The facts that an argument shares with a recorded one; strides are among them if it is not copied."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device
     return tuple((k.shape, k.stride(), v.stride(), k.dtype, k.device) for k, v in x)

@@ -169,7 +169,7 @@ class CudaOps(Ops):
         return torch.cat(parts)
 
     def _groupable(self, weight: Array) -> bool:
-        """Whether `F.grouped_mm` takes it: rows of whole 16 bytes, on a GPU bfloat16 only, and no record."""
+        """Whether `F.grouped_mm` takes a stack [E, O, I]: whole 16 bytes a row, bfloat16 on a GPU, no record."""
         if isinstance(weight, Quantized):
             return False
         whole = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
@@ -294,7 +294,7 @@ class CudaOps(Ops):
 
 
 def _in_fp4(weight: Array) -> Tiled:
-    """The stack itself; BackendError unless it is tiled for products in FP4."""
+    """The stack [E, O, I] itself; BackendError unless it is tiled for products in FP4."""
     if not isinstance(weight, Tiled) or weight.order is not Order.UNSIGNED:
         raise BackendError(
             "activations in NVFP4 need experts in NVFP4, and this model has them in another format"

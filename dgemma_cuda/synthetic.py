@@ -51,8 +51,8 @@ def random_weights(
 ) -> Weights:
     """A text model with random weights; `forms` say by class what is a record.
 
-    `skew` spreads the scales of the router's rows: at 0 every expert is as likely, at 1 a few are picked
-    several times as often as others.
+    `skew` spreads the scales of the router's rows: every expert is as likely at 0, and a few are picked
+    several times as often as others at 1.
     """
     generator = torch.Generator(ops.device).manual_seed(seed)
 
@@ -66,7 +66,7 @@ def random_weights(
 
 
 def _normal(ops: CudaOps, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Normal numbers in the compute type."""
+    """Normal numbers of `shape` [...] in the compute type."""
     return torch.randn(shape, generator=generator, device=ops.device, dtype=ops.dtype)
 
 

@@ -263,7 +263,7 @@ def _words(w: Quantized) -> Array:
 
 
 def _packed(w: Quantized, transpose: bool = True) -> dict[str, Any]:
-    """What MLX's quantized products want to know of a record beside its words."""
+    """The arguments of MLX's quantized products for a record, but its words."""
     return {
         "scales": w.scales,
         "biases": w.biases,

@@ -88,7 +88,7 @@ class MlxOps(MlxArrays):
             return norms.rms_norm(x, weight, eps)
         if weight is None:
             return mx.fast.rms_norm(x, None, eps)
-        # In bfloat16 the kernel would round before the weight and again after it.
+        # The kernel would round bfloat16 before the weight and again after it.
         return self.like(mx.fast.rms_norm(self.to_wide(x), self.to_wide(weight), eps), x)
 
     def open_branches(
@@ -234,7 +234,7 @@ def _stacked(*parts: Array) -> Array | None:
 
 
 def _form(w: Array) -> tuple[Any, ...] | None:
-    """What matrices have in common that can be stacked."""
+    """The facts that matrices must share to be stacked."""
     return (w.form, w.divides, w.factor is None) if isinstance(w, Quantized) else None
 
 

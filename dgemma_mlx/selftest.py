@@ -58,7 +58,7 @@ class Data:
         self.ops = MlxOps(dtype, frozenset())
 
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
-        """Normal numbers times `scale`, in the compute type."""
+        """Normal numbers of `shape` [...] times `scale`, in the compute type."""
         return self.ops.asarray(scale * self.rng.standard_normal(shape))
 
     def record(self, form: Form, *shape: int) -> Quantized:
@@ -204,7 +204,7 @@ Progress = Callable[[str], None]
 
 
 def check_all(device: str | None = None, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """The whole report, ready for JSON (`dgemma.reports.selftest`); on a Mac the verdict is kept.
+    """The whole report, ready for JSON (`dgemma.reports.selftest`); a Mac keeps the verdict.
 
     MLX has one device: `device` is not read.
     """

@@ -1,7 +1,7 @@
 """One parameter, or a part of it along its first axis, from how it is stored to how it is written.
 
-Parts keep memory small whatever the size of a tensor: a few experts, or a block of rows. What passes through
-keeps its codes and scales bit for bit; all else goes through float32 values.
+Parts keep memory small whatever the size of a tensor: a few experts, or a block of rows. Records that pass
+through keep their codes and scales bit for bit; all else goes through float32 values.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Field
 
 
 def values(stored: Stored | Quantized) -> np.ndarray:
-    """The values of a tensor or record, float32 of its shape."""
+    """The values [...] of a tensor or record, float32."""
     if isinstance(stored, Quantized):
         return np.asarray(dequantize(_OPS, _OPS.upload(stored)), np.float32)
     return stored.to_float32()
@@ -106,7 +106,7 @@ def _kept(record: Quantized, job: Job) -> Fields:
 
 
 def _rows(factor: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A factor for every row: float32 of `shape`."""
+    """A factor [..., 1 or O] for every row: float32 of `shape` [..., O]."""
     return np.ascontiguousarray(np.broadcast_to(factor, shape), np.float32)
 
 

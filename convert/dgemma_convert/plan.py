@@ -189,7 +189,7 @@ def _dtype(piece: Piece, source: Source, form: Form | None, checkpoint: Checkpoi
 
 
 def fingerprint(plan: Plan, checkpoint: Checkpoint) -> str:
-    """What a half-finished output must have in common with a run that goes on with it."""
+    """A hash of all that a half-finished output must share with a run that goes on with it."""
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     facts = {
         "config": plan.config,

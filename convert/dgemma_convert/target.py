@@ -1,4 +1,4 @@
-"""What a target format is to the converter: a layout to cut tensors by, and how config.json announces it."""
+"""A target format, as the converter sees it: a layout to cut tensors by, and its place in config.json."""
 
 from __future__ import annotations
 

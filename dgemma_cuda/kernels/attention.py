@@ -2,9 +2,9 @@
 
 PyTorch's flash kernels stop at 256 and take no mask, and the others read one of L × S. Here the heads of a
 KV head are rows of one matrix. Adjacent rows are one query's heads, so a block of rows spans few queries, and
-keys outside its window or in padding are not read at all. If blocks are fewer than the GPU's processors, runs
-of keys go to different programs and are merged by their log-sum-exps. Softmax and sums are float32, and no
-result depends on the order in which programs run. Cached keys and values are read where they are: joining
+keys outside its window or in padding are not read at all. Runs of keys go to different programs, if blocks
+are fewer than the GPU's processors, and are merged by their log-sum-exps. Softmax and sums are float32, and
+no result depends on the order in which programs run. Cached keys and values are read where they are: joining
 them with a canvas's own would move 0.5 GB a step at 1k. A recorded launch finds their addresses in memory, so
 that no second copy is held for it. The price: no gradients.
 
@@ -50,7 +50,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """A launch's. ptxas, left to itself, aims at 128 registers on sm_89, and spills for it."""
+        """Launch options. ptxas, left to itself, aims at 128 registers on sm_89, and spills for it."""
         registers = min(255, REGISTERS // (32 * self.warps * self.resident))
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
@@ -95,7 +95,7 @@ def family(major: int) -> str:
 
 
 def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """`attention` in PyTorch: the mask is `dgemma.network.ops.layers.visible`'s."""
+    """`attention` in PyTorch, of the same arrays: the mask is `dgemma.network.ops.layers.visible`'s."""
     L, S = q.shape[2], k.shape[2]
     key = torch.arange(S, device=q.device)
     query = torch.arange(S - L, S, device=q.device)[:, None]

@@ -99,7 +99,7 @@ OPERANDS_FP8 = tl.constexpr("=h,=h,=h,=h,r")
 
 @triton.jit
 def plan(ids, slots, owners, picks, count, E: tl.constexpr, BINS: tl.constexpr, M: tl.constexpr):
-    """See `plan.plan`. One program an expert: where it begins follows from the counts of all experts."""
+    """See `plan.plan`. One program an expert, whose beginning follows from the counts of all experts."""
     CHUNK: tl.constexpr = 1024
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)

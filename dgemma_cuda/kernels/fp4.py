@@ -51,7 +51,7 @@ def oldest(capability: tuple[int, int]) -> tuple[int, int]:
 
 
 def tile_stack(record: Quantized, name: str) -> Tiled:
-    """A stack of experts in NVFP4, "gate_up" (gate rows first) or "down", in the order read here."""
+    """A stack [E, O, I] in NVFP4, "gate_up" (gate rows first) or "down", in the order read here."""
     return tile(record, moe.TILE_ROWS[name], 2 if name == "gate_up" else 1, Order.UNSIGNED)
 
 
@@ -75,7 +75,7 @@ def experts(
 def experts_plain(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Tiled, down: Tiled
 ) -> torch.Tensor:
-    """What `experts` computes, in PyTorch on decoded weights and activations: its definition."""
+    """`experts` of the same arrays, in PyTorch on decoded weights and activations: its definition."""
     return moe.experts_plain(x, weights, ids, gate_up, down, quantized_plain)
 
 
@@ -153,7 +153,7 @@ def projected(x: Rows, plan: Plan, weights: torch.Tensor, w: Tiled, dtype: torch
 
 
 def fields(w: Tiled) -> tuple[torch.Tensor, ...]:
-    """Words and scales as bytes, and the factor."""
+    """Words and scales of a stack as bytes, and the factor: uint8 in the order of `Tiled`, float32."""
     assert w.order is Order.UNSIGNED and w.scales is not None, w.order
     return w.words.view(torch.uint8), w.scales.view(torch.uint8), w.factor
 

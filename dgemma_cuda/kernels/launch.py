@@ -1,4 +1,4 @@
-"""What the kernels have in common: whether they run on a device, and Triton at the first launch.
+"""Common to the kernels: whether they run on a device, and Triton at the first launch.
 
 Importing Triton takes a second and needs a machine that has it. So modules mark their kernels and the first
 launch compiles them. A launch imports modules whose every line is Triton's (`device`, `device_fp4`).

@@ -32,7 +32,7 @@ CHUNK = 1 << 22  # words made at a time: what bounds the temporaries
 
 
 class Order(Enum):
-    """What the bits of an NVFP4 word and of its word of scales are."""
+    """How the bits of an NVFP4 word and of its word of scales are ordered."""
 
     SHIFTED = "shifted"  # codes at PLACES, scales as UE5M3: what shifts and masks decode
     NATIVE = "native"  # byte i is pair i, and scales are E4M3, all as stored: what a GPU converts
@@ -219,8 +219,11 @@ def _values_fp8(tiled: Tiled) -> torch.Tensor:
 
 @cache
 def _tables() -> tuple[torch.Tensor, ...]:
-    """By a byte of two codes: its bits in a word, int32 [4, 256]. By an E4M3 scale: the UE5M3 byte, a mask
-    (zero for a zero scale) and the bits to flip in a byte of codes (the signs, of a negative scale)."""
+    """Bits in a word, int32 [4, 256], by a byte of two codes; three tables, uint8 [256], by an E4M3 scale.
+
+    The three are the UE5M3 byte, a mask (zero for a zero scale) and the bits to flip in a byte of codes (the
+    signs, for a negative scale).
+    """
     octets = np.arange(256, dtype=np.int64)
     fields = np.zeros((4, 256), np.int64)
     for i, places in enumerate(PLACES):
@@ -237,7 +240,7 @@ def _tables() -> tuple[torch.Tensor, ...]:
 
 
 def _ue5m3(x: np.ndarray) -> np.ndarray:
-    """Bytes of positive values of E4M3 as (1 + m/8) · 2^(e − 10), e in the upper five bits: all are normal.
+    """Bytes of E4M3's positive values x [n] as (1 + m/8) · 2^(e − 10), e in the upper five bits: all normal.
 
     255 stands for NaN: the kernels turn it into one. Zero becomes anything, as its codes are zeros.
     """

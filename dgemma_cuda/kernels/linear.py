@@ -2,9 +2,8 @@
 
 The alternative is to decode the matrix into bfloat16 and to call cuBLAS. Decoding at every call moves eight
 times the matrix's bytes or more; decoding at load takes the memory that the format was chosen to save. Here
-a tile is decoded again for every 64 rows of x, four times for a canvas. By arithmetic that is 9 µs of
-instructions for 11.5 M weights on an H100, where cuBLAS waits 7 µs for them in bfloat16. No GPU has measured
-it.
+a tile is decoded again for every 64 rows of x, four times for a canvas: 9 µs of instructions, as counted, for
+11.5 M weights on an H100, where cuBLAS waits 7 µs for them in bfloat16. No GPU has measured it.
 
     N rows of x  O outputs  I inputs
 """
@@ -53,5 +52,5 @@ def linear(x: torch.Tensor, w: Tiled) -> torch.Tensor:
 
 
 def linear_plain(x: torch.Tensor, w: Tiled) -> torch.Tensor:
-    """What `linear` computes, in PyTorch on decoded weights."""
+    """`linear` of x [..., I] in PyTorch on decoded weights: [..., O]."""
     return F.linear(x.float(), untile(w)).to(x.dtype)

@@ -50,7 +50,7 @@ def plan(ids: torch.Tensor, experts: int, rows: int) -> Plan:
 
 
 def plan_plain(ids: torch.Tensor, experts: int, rows: int) -> Plan:
-    """What `plan` computes, in PyTorch, and as fit for a CUDA graph; left-over slots are N·K here."""
+    """`plan` of ids [N, K] in PyTorch, and as fit for a CUDA graph; left-over slots are N·K here."""
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     of_row = flat[order]  # expert of the sorted picks

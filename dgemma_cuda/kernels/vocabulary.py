@@ -84,7 +84,7 @@ def sparse_vocabulary_plain(
     uniforms: Tensor,
     sparse: Sparse | None = None,
 ) -> tuple[Prediction, Tensor]:
-    """`sparse_vocabulary` in PyTorch."""
+    """`sparse_vocabulary` in PyTorch, with planes of float32 [N, V]."""
     sparse = sparse or Sparse()
     p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
     kept = p > sparse.ratio * p.amax(-1, keepdim=True)
@@ -152,10 +152,9 @@ def sparse_vocabulary(
 ) -> tuple[Prediction, Tensor]:
     """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
 
-    Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. Where
-    missing[n] is 0, and nowhere else, the row was computed in full. The number of such rows is never read by
-    the host: programs of the product whose rows do not exist return at once, and with none the table is not
-    read.
+    Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. A row was
+    computed in full if missing[n] is 0, and only then. The host never reads the number of such rows: programs
+    of the product whose rows do not exist return at once, and with none the table is not read.
     """
     load()
     with torch.cuda.device_of(h):
@@ -185,7 +184,7 @@ def _said(logits: Tensor, softcap: float, temperature: Tensor | float, uniforms:
 
 
 def _probabilities_in_place(said: _Said, dense: Tensor | None = None) -> None:
-    """The plane of logits becomes probabilities, in rows that are `dense` or in all of them."""
+    """The plane [N, V] becomes probabilities, in rows that are `dense` [N] or in all of them."""
     N, V = said.logits.shape
     _probabilities[(N, -(-V // WIDTH))](
         said.logits, said.temperature, said.total, said.total if dense is None else dense, V, said.softcap,
@@ -289,8 +288,8 @@ def _draw(
 ):  # fmt: skip
     """Merges a row's splits, and draws the first token whose cumulative mass exceeds uniform · mass.
 
-    The split in which it lies follows from the splits' masses, and only that one is read. Where rounding
-    leaves no token, the argmax is drawn; a token of mass 0 never is.
+    Its split follows from the splits' masses, and only that one is read. The argmax is drawn if rounding
+    leaves no token; a token of mass 0 never is.
     """
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)

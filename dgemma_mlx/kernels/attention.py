@@ -66,7 +66,7 @@ def attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Ar
 
 
 def attend_plain(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-    """`attend` without a kernel."""
+    """`attend` of the same arrays without a kernel."""
     if mask.causal:
         return Ops.attend(ops, q, own, past, mask)
     return _attend(ops, q, own, past, mask.pad, Path(0, weighed_plain, merged_plain))
@@ -147,7 +147,7 @@ def weighed(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, s
 def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[list[Array], Array]:
     """Softmax over the rows of scores [B, G, N, R, n], in their type, and log Σ exp [B, G, N, R, 1] float32.
 
-    A pair has N = 1 each, and rows that count as joined. Slots before `pad` [B] weigh 0; the first of the N
+    The two of a pair have N = 1, and count as joined. Slots before `pad` [B] weigh 0; the first of the N
     pieces begins at slot `start`. A row of which nothing is left weighs 0, and its log is −3e38. One launch.
     """
     first, second = scores[0], scores[-1]
@@ -174,7 +174,7 @@ def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[lis
 
 
 def weighed_plain(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
-    """`weighed` without a kernel."""
+    """`weighed` of the same arrays without a kernel."""
     scores = _scores(q, pieces)
     if not ops.on_gpu:
         return _weighed_on_cpu(ops, _masked(ops, scores, pad, start), pieces)
@@ -197,7 +197,7 @@ def _weighed_on_cpu(ops: MlxArrays, scores: Sequence[Array], pieces: Sequence[KV
 def softmax_plain(
     ops: MlxArrays, scores: Sequence[Array], pad: Array | None, start: int
 ) -> tuple[list[Array], Array]:
-    """`softmax` without a kernel; a row of which nothing is left has the log of the least number instead.
+    """`softmax` without a kernel; the log of a row of which nothing is left is the least number's instead.
 
     Scores of a pair are joined, so that MLX's fused softmax reads them once: a piece and a canvas at most.
     """

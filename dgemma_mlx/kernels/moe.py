@@ -6,8 +6,8 @@ columns is ever stored. Row tiles begin at each expert's first row, and eights o
 skipped. The other way is MLX's products of sorted rows. They take any format, and use the matrix units that
 some GPUs have (M5), which no kernel here does.
 
-The sum goes over a token's picks in their order and in float32, so that results repeat. What lies between
-launches is of the type of x, as between the composite's products.
+The sum goes over a token's picks in their order and in float32, so that results repeat. Arrays between
+launches are of the type of x, as between the composite's products.
 
 Which way is faster depends on the GPU; what follows is counted, not measured. A simdgroup needs about 200
 instructions a tile to decode and load the fragments of 32 columns and 32 inputs of an expert. Every eight

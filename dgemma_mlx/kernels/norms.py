@@ -120,7 +120,7 @@ def _launch(
     dtypes: tuple[mx.Dtype, ...],
     **template: Template,
 ) -> list[mx.array]:
-    """A threadgroup for each row of the first input; outputs have its shape."""
+    """A threadgroup for each row of the first input [..., D]; outputs have its shape."""
     x = inputs[0]
     D = x.shape[-1]
     threads = simd_groups(D, THREADS)
@@ -139,7 +139,7 @@ def _launch(
 
 
 def _absent() -> mx.array:
-    """Stands for an input that a kernel does not read this time."""
+    """An array [1] for an input that a kernel does not read this time."""
     return mx.array([0.0])
 
 

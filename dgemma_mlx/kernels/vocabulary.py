@@ -209,7 +209,7 @@ def vocabulary_plain(
     temperature: Array | float,
     uniforms: Array,
 ) -> Prediction:
-    """`vocabulary` without a kernel."""
+    """`vocabulary` of the same arrays without a kernel."""
     return vocabulary(ops, h, table, softcap, temperature, uniforms, tile_plain)
 
 
@@ -318,7 +318,7 @@ def _gathered(
 
 
 def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtype: mx.Dtype) -> Tile:
-    """`tile` without a kernel."""
+    """`tile` of the same arrays without a kernel."""
     t = scale.bend(raw)
     peak = mx.max(t, -1, keepdims=True)
     place = mx.argmax(t, -1, keepdims=True).astype(mx.int32) + first
@@ -340,7 +340,7 @@ def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int
 def _by_run(e: Array, runs: int) -> Array:
     """Sums [N, R] over runs of e [N, W]."""
     short = runs * RUN - e.shape[1]
-    e = mx.pad(e, [(0, 0), (0, short)]) if short else e  # with nothing to add it would copy
+    e = mx.pad(e, [(0, 0), (0, short)]) if short else e  # it would copy even with nothing to add
     return mx.sum(e.reshape(len(e), runs, RUN), -1)
 
 
