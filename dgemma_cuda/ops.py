@@ -169,7 +169,7 @@ class CudaOps(Ops):
         return torch.cat(parts)
 
     def _groupable(self, weight: Array) -> bool:
-        """Whether `F.grouped_mm` takes a stack [E, O, I]: whole 16 bytes a row, bfloat16 on a GPU, no record."""
+        """Whether `F.grouped_mm` takes a stack: no record, rows of whole 16 bytes, only bfloat16 on a GPU."""
         if isinstance(weight, Quantized):
             return False
         whole = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
