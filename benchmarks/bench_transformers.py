@@ -135,8 +135,8 @@ class Transformers:
 def _configuration(folder: Path, tower: bool) -> Any:
     """transformers' reading of a folder's config.json; without a `tower` the least one that it can build.
 
-    Where a checkpoint has none it builds one of the default size, half of a small model's memory, or (5.17)
-    nothing at all.
+    It would build one of the default size for a checkpoint without a tower, half of a small model's memory,
+    or (5.17) nothing at all.
     """
     config = library().AutoConfig.from_pretrained(folder)
     if not tower:
@@ -249,7 +249,7 @@ def run(
     **measured: Any,
 ) -> dict[str, Any]:
     """The report of `bench.run`, which takes `measured`; "against" is that of `compare`, made after it."""
-    library()  # that it is missing is said before minutes of work
+    library()  # an error for a missing package comes before minutes of work
     folder, config = read_geometry(geometry)
     ops = make(dtype, device, activations)
     report = bench.run(ops, config, **measured, say=say)

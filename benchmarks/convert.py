@@ -74,6 +74,7 @@ def make_source(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
 
 
 def write_shard(path: Path, shard: list[Param], block: np.ndarray) -> None:
+    """A safetensors file of parameters; each repeats `block`, uint16 [n], the bits of bfloat16."""
     header, end = {}, 0
     for param in shard:
         spans = [end, end + 2 * param.size]

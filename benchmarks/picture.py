@@ -33,7 +33,7 @@ THEME = TerminalTheme(
         (110, 160, 240), (190, 140, 230), (100, 200, 210), (226, 228, 235),
     ],
 )  # fmt: skip
-# A picture in a README may load no fonts; without them the reader's own monospaced font is taken.
+# A picture in a README may load no fonts; the reader's own monospaced font takes their place.
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.S).replace(
     "Fira Code, monospace", "'DejaVu Sans Mono', Menlo, Consolas, monospace"
 )

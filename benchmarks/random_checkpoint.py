@@ -131,12 +131,12 @@ def make_checkpoint(
 
 
 def tame(param: Param, rng: np.random.Generator) -> np.ndarray:
-    """Random values of a parameter, float32."""
+    """Random values of a parameter, float32 of its shape."""
     z = rng.standard_normal(param.shape)
     if param.name.endswith("layer_scalar"):
         x = rng.uniform(0.7, 1.2, param.shape)
     elif param.name.endswith("q_norm.weight"):
-        # Scores have no 1/√head_size: with norms of 1 the softmax would pick one key.
+        # Scores have no 1/√head_size: the softmax would pick one key if norms were 1.
         x = 0.3 * (1 + 0.1 * z)
     elif param.name.endswith("router.proj.weight"):
         x = 20 * z / np.sqrt(param.shape[-1])
@@ -150,7 +150,7 @@ def tame(param: Param, rng: np.random.Generator) -> np.ndarray:
 
 
 def encode(x: np.ndarray, dtype: str) -> Tensor:
-    """Values in a type of the format; BF16 rounds to nearest, ties to even."""
+    """Values x [...] float32 in a type of the format; BF16 rounds to nearest, ties to even."""
     if dtype == "BF16":
         bits = x.astype("<f4").view("<u4")
         raw = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
@@ -175,6 +175,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, in the order of `tensors`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():

@@ -3,7 +3,7 @@
 The model has random weights made on the device. A part is timed by itself over all layers, so that weights
 come from memory as they do in a step; the whole step is timed as the engine runs it, one host read a step.
 The floor of a part is the larger of its bytes over the measured copy bandwidth and its products over the
-measured matrix throughput. On a CPU the same program runs, for its tests.
+measured matrix throughput. The same program runs on a CPU, for its tests.
 
     B rows  L canvas  S slots  N = B·L tokens  D hidden  V vocabulary  K picks
 """
@@ -56,7 +56,7 @@ class Part:
 
 
 def clock(ops: CudaOps, run: Callable[[], Any], repeats: int, record: bool = True) -> float:
-    """Median milliseconds of `run`, on a GPU recorded as a graph so that launches do not count."""
+    """Median milliseconds of `run`; a GPU replays it as a graph, so that launches do not count."""
     if ops.device.type != "cuda":
         return _median(_wall(run) for _ in range(repeats))
     call = record_cuda(run)[0] if record else run
@@ -84,7 +84,7 @@ def _events(run: Callable[[], Any]) -> float:
 
 
 def ceilings(ops: CudaOps) -> dict[str, float]:
-    """What the device reaches on a plain copy, in bytes/s read and written, and on one large product."""
+    """The bytes/s, read and written, of a plain copy, and the operations/s of one large product."""
     wide = ops.device.type == "cuda"
     x = torch.empty(1 << (30 if wide else 24), dtype=torch.uint8, device=ops.device)
     y = torch.empty_like(x)
@@ -144,6 +144,7 @@ class Bench:
         return Part("experts", ms, int(size), flops)
 
     def _touched(self, w: LayerWeights, h: torch.Tensor) -> torch.Tensor:
+        """The ids of experts that tokens h [N, D] pick in a layer, each once."""
         _, ids = self.ops.router(h.float(), w.router.proj, w.router.expert_scale, self.model.config.top_k)
         return ids.unique()
 

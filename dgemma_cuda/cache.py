@@ -22,7 +22,7 @@ def bucket(slots: int) -> int:
 
 
 class BucketCache(Cache):
-    """A cache that stores buckets; of sliding layers no more than the plain cache keeps."""
+    """A cache that stores buckets; sliding layers store no more than in the plain cache."""
 
     @property
     def slots(self) -> int:
@@ -35,16 +35,17 @@ class BucketCache(Cache):
         return other
 
     def _stored(self, kv: KV, index: int) -> KV:
+        """Keys and values [B, G, ·, C] of a layer in as many slots as it stores."""
         slots = kv[0].shape[2]
         return kv if slots == self._size(slots, index) else self._joined(None, kv, index)
 
     def _size(self, slots: int, index: int) -> int:
-        """What a layer stores of so many slots: no padding once some are dropped, as `trim` counts them."""
+        """Slots that a layer stores of so many: no padding once some are dropped, as `trim` counts."""
         size = min(self.slots, self._kept(index) or self.slots)
         return size if slots >= self.length else min(size, slots)
 
     def _joined(self, old: KV | None, new: KV, index: int) -> KV:
-        """The last slots of both, as new arrays: views would hold all they were cut from, in its strides."""
+        """The last slots of both [B, G, ·, C] as new arrays: views would hold all they were cut from."""
         k, v = new
         old = (k[:, :, :0], v[:, :, :0]) if old is None else old
         size = self._size(old[0].shape[2] + new[0].shape[2], index)

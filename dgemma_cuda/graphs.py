@@ -28,8 +28,7 @@ Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 def record_cuda(run: Callable[[], Any]) -> tuple[Replay, Any]:
     """Record `run` as a CUDA graph: how to replay it, and its outputs, which every replay overwrites.
 
-    It runs twice before: kernels are compiled and libraries allocate at first use, which a recording
-    must not.
+    It runs twice before: first use compiles kernels and lets libraries allocate, which a recording must not.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -56,6 +55,7 @@ class Copied:
         self.seen = x.clone()
 
     def take(self, x: torch.Tensor) -> None:
+        """Copy x, an array [...] of the recorded shape, to where the recording reads."""
         self.seen.copy_(x)
 
 
@@ -72,6 +72,7 @@ class Followed:
         self.take(context)
 
     def take(self, context: Context) -> None:
+        """Point the recording at another context of the recorded shapes and strides."""
         # Addresses are compared, not arrays: what lies there now is what a replay has to read.
         new = [[(x.data_ptr(), 0) for x in pair] for pair in context]
         if new != self.last:
@@ -100,13 +101,15 @@ class Graphed:
 
 
 def _kind(x: Any) -> Any:
-    """What an argument must have in common with a recorded one: strides, too, where it is not copied."""
+    """The facts that an argument shares with a recorded one; strides are among them if it is not copied."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device
     return tuple((k.shape, k.stride(), v.stride(), k.dtype, k.device) for k, v in x)
 
 
 class Recording:
+    """`function` recorded for arguments like `args`; a call takes others and returns new arrays."""
+
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], record: Record):
         self.inputs = [Copied(x) if isinstance(x, torch.Tensor) else Followed(x) for x in args]
         self.replay, self.outputs = record(lambda: function(*(x.seen for x in self.inputs)))

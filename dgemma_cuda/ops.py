@@ -1,7 +1,7 @@
 """The PyTorch backend: CUDA where there is a GPU, CPU elsewhere, float32 or bfloat16.
 
-Plain but not naive: scaled-dot-product attention, grouped expert products, fused norms. Everything is
-differentiable, so that the same graph also trains.
+Plain but not naive: scaled-dot-product attention, grouped expert products, fused norms. PyTorch's own
+operations are differentiable, so that the same graph also trains; our kernels are not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .staging import Staging
 
 
 class CudaOps(Ops):
-    """`compute` is `dtype`, `wide` is float32."""
+    """The compute type is `dtype`, the wide one float32. Integers from the host are int64."""
 
     name = "cuda"
 
@@ -69,7 +69,7 @@ class CudaOps(Ops):
         return x.to(torch.float32 if wide else self.dtype)
 
     def raw(self, x: np.ndarray) -> Array:
-        """The bytes of `x`, a row of x as a row; a copy, as a file's map is read-only and goes away."""
+        """The bytes of x [..., n] as uint8 [..., ·]; a copy, as a file's map is read-only and goes away."""
         octets = (*x.shape[:-1], -1) if x.size else (*x.shape[:-1], 0)
         return self.staging.upload(x).reshape(octets)
 
@@ -157,8 +157,8 @@ class CudaOps(Ops):
         ends = torch.searchsorted(experts, torch.arange(len(weight), device=x.device), right=True)
         if self._groupable(weight):
             return F.grouped_mm(x, weight.transpose(1, 2), offs=ends.int())
-        # Reads the host: for records, which are widened one expert at a time, for comparisons in float32
-        # on a GPU and for odd test sizes.
+        # This reads the host. It is for records, which are widened one expert at a time, for comparisons in
+        # float32 on a GPU and for odd test sizes.
         self.reads_host = True
         counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
         parts = [
@@ -169,7 +169,7 @@ class CudaOps(Ops):
         return torch.cat(parts)
 
     def _groupable(self, weight: Array) -> bool:
-        """Whether `F.grouped_mm` takes it: rows of whole 16 bytes, on a GPU bfloat16 only, and no record."""
+        """Whether `F.grouped_mm` takes a stack: no record, rows of whole 16 bytes, only bfloat16 on a GPU."""
         if isinstance(weight, Quantized):
             return False
         whole = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
@@ -194,7 +194,7 @@ class CudaOps(Ops):
         return lambda *args: fn(*args) if self.reads_host else graphed(*args)
 
     def _announced(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, of which the first call says that it compiles kernels."""
+        """`fn`, whose first call says that it compiles kernels."""
         todo = ["compiling kernels for this GPU; they are kept for the next run"]
 
         def run(*args: Any) -> Any:
@@ -235,10 +235,11 @@ class CudaOps(Ops):
             return fp4.experts(x, weights, ids, _in_fp4(gate_up), _in_fp4(down))
         if isinstance(gate_up, Tiled) and isinstance(down, Tiled):
             return moe.experts(x, weights, ids, gate_up, down)
-        # One of the two may be stored in another form, and has no kernel to go with.
+        # The two may be stored in different forms, and no kernel does one without the other.
         return super().experts(x, weights, ids, self._stack(gate_up), self._stack(down))
 
     def _stack(self, weight: Array) -> Array:
+        """A stack [E, O, I] for `expert_linear`: tiles become an array in the compute type."""
         return self.to_compute(untile(weight)) if isinstance(weight, Tiled) else weight
 
     def softmax(self, x: Array, axis: int) -> Array:
@@ -293,6 +294,7 @@ class CudaOps(Ops):
 
 
 def _in_fp4(weight: Array) -> Tiled:
+    """The stack [E, O, I] itself; BackendError unless it is tiled for products in FP4."""
     if not isinstance(weight, Tiled) or weight.order is not Order.UNSIGNED:
         raise BackendError(
             "activations in NVFP4 need experts in NVFP4, and this model has them in another format"
@@ -328,6 +330,6 @@ def make(
         raise BackendError(f"activations in NVFP4 are not possible here: {missing}")
     if dtype is None:
         dtype = "bfloat16" if activations or place.type != "cpu" else "float32"
-    # A soft embedding sums over the whole vocabulary: not in bfloat16, which cuBLAS may do otherwise.
+    # A soft embedding sums over the whole vocabulary, for which cuBLAS may else use bfloat16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return CudaOps(place, getattr(torch, dtype), activations is not None, notices=notices)

@@ -1,7 +1,7 @@
 """The kernels on this machine's GPU, against their plain twins, at the released sizes with random data.
 
-Each check says how far the kernel is from its twin, what the bound is, and what both cost. Where there is no
-GPU the report says so, and what was not checked: kernels interpreted on a CPU are the test suite's business.
+Each check says how far the kernel is from its twin, what the bound is, and what both cost. The report says
+so where there is no GPU, and what was not checked: the test suite interprets kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def _timed(
     run: Callable[[], Any],
     plain: Callable[[], Any],
 ) -> Check:
+    """A kernel's `run` against its twin's `plain`, each timed."""
     error = difference([ops.to_numpy(run())], [ops.to_numpy(plain())])
     # Twins may read the host, which a recording must not: they are timed as they run.
     times = clock(ops, run, REPEATS), clock(ops, plain, 3, record=False)
@@ -68,7 +69,7 @@ Normal = Callable[..., torch.Tensor]
 def _experts(
     ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator, w4a4: bool = False
 ) -> Check:
-    """One layer's experts for one canvas. In W4A4 a code near a tie may turn out another than the twin's."""
+    """One layer's experts for one canvas. A code near a tie may differ from the twin's in W4A4."""
     kernels: Any = fp4 if w4a4 else moe
     D, M, E = config.hidden_size, config.expert_size, config.num_experts
     shapes = {"gate_up": (E, 2 * M, D), "down": (E, D, M)}
@@ -93,7 +94,7 @@ def _experts(
 
 
 def _linear(ops: CudaOps, config: Config, form: Form, normal: Normal, generator: torch.Generator) -> Check:
-    """The widest projection of a sliding layer, of one canvas."""
+    """The widest projection of a sliding layer, for one canvas."""
     shape = (config.heads * config.layers[0].head_dim, config.hidden_size)
     w = linear.tile_matrix(random_record(ops, Param("q", shape, "attention"), form, generator))
     x = normal(config.canvas_length, shape[1])

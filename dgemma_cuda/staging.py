@@ -13,7 +13,7 @@ BUFFER = 64 << 20  # bytes
 
 
 class Staging:
-    """Uploads bytes to `device`. On a CPU the buffers are ordinary memory and the copies are plain ones."""
+    """Uploads bytes to `device`. Buffers are ordinary memory and copies plain on a CPU."""
 
     def __init__(self, device: torch.device, size: int = BUFFER):
         self.device, self.on_gpu = device, device.type == "cuda"

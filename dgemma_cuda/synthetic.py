@@ -35,7 +35,7 @@ _E2M1_RMS = 2.93
 
 
 def check_room(ops: CudaOps, config: Config, form: str) -> None:
-    """BackendError with the numbers if weights and a tenth for all else are more than the device has free."""
+    """BackendError with the numbers if weights and a tenth more, for all else, exceed what is free."""
     stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
     held = next(f for f in FORMATS_IN_MEMORY if f.dtype == ops.dtype_name)
     needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
@@ -51,8 +51,8 @@ def random_weights(
 ) -> Weights:
     """A text model with random weights; `forms` say by class what is a record.
 
-    `skew` spreads the scales of the router's rows: at 0 every expert is as likely, at 1 a few are picked
-    several times as often as others.
+    `skew` spreads the scales of the router's rows: every expert is as likely at 0, and a few are picked
+    several times as often as others at 1.
     """
     generator = torch.Generator(ops.device).manual_seed(seed)
 
@@ -66,13 +66,15 @@ def random_weights(
 
 
 def _normal(ops: CudaOps, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Normal numbers of `shape` [...] in the compute type."""
     return torch.randn(shape, generator=generator, device=ops.device, dtype=ops.dtype)
 
 
 def _array(ops: CudaOps, param: Param, skew: float, generator: torch.Generator) -> Array:
+    """A parameter of its shape: vectors are constant, the router float32, matrices of the compute type."""
     own = param.path[-1]
     if len(param.shape) == 1:
-        # Scores are not divided by the root of the head size: a small norm of q stands in for that.
+        # Nothing divides scores by the root of the head size: a small norm of q stands in for that.
         value = {"q_norm": 0.3, "scalar": 0.9, "encoder_scalar": 0.9}.get(str(own), 1.0)
         return torch.full(param.shape, value, device=ops.device, dtype=ops.dtype)
     if param.wide:

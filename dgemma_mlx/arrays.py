@@ -4,6 +4,8 @@ Evaluation is lazy and breadth first: whatever is independent exists at the same
 tiles are chained with `mx.depends`, which costs nothing and also holds inside `mx.compile`; `mx.eval` does
 not. The CPU build has slow reference kernels and no bfloat16 expert product; it is here to test the graph and
 to run the embedded model.
+
+    O outputs (rows)  I inputs  E experts  R rows of experts
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dgemma.network.ops.decoding import dense, dequantize
 from . import elementary
 from .memory import limits
 
-# What the CPU decodes at a time of a stack of experts for its product: bytes in float32.
+# Bytes of float32 that the CPU decodes of a stack of experts at a time.
 DECODED = 8 << 20
 
 
@@ -37,11 +39,11 @@ class MlxArrays(Ops):
     # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist: queries
     # of a prompt and keys of a canvas go in blocks that keep them below this many bytes (as float32).
     score_bytes = 128 << 20
-    # Of a canvas over a long context, kernels weigh some blocks of keys at once: scores as they are stored.
+    # Kernels weigh some blocks of keys at once for a canvas over a long context: bytes of scores as stored.
     scores_at_once = 192 << 20
-    # There is no plane of logits, only tiles, of which a few exist at once (`kernels.vocabulary`). Wide ones
-    # save launches and passes over the sums [rows, D]; six of these are the released vocabulary, each 25 MB
-    # of bfloat16 at 256 rows.
+    # Logits never fill a plane: a few tiles exist at once (`kernels.vocabulary`). Wide tiles save launches
+    # and passes over the sums [rows, D]. Six of these are the released vocabulary, each 25 MB of bfloat16 at
+    # 256 rows.
     vocab_tile = 49152
 
     def __init__(
@@ -50,7 +52,7 @@ class MlxArrays(Ops):
         notices: Notices | None = None,
         on_gpu: bool | None = None,
     ):
-        """`on_gpu`: whether all is done as suits a GPU; by default where MLX has one. A CPU can do it."""
+        """`on_gpu` chooses what suits a GPU, by default where MLX has one. A CPU can run that, too."""
         if dtype not in (mx.float32, mx.bfloat16):
             kind = str(dtype).removeprefix("mlx.core.")
             raise BackendError(f"MLX runs in bfloat16 or float32, not {kind}: float16 overflows")
@@ -58,8 +60,8 @@ class MlxArrays(Ops):
         self.dtype = dtype
         self.dtype_name = str(dtype).removeprefix("mlx.core.")
         self.on_gpu = mx.default_device().type == mx.gpu if on_gpu is None else on_gpu
-        if not self.on_gpu:  # up to ten operations are in flight there, each with its array; smaller ones
-            self.vocab_tile, self.score_bytes = 2048, 2 << 20  # stay in its caches, too
+        if not self.on_gpu:  # a CPU has up to ten operations in flight, each with its array; small ones
+            self.vocab_tile, self.score_bytes = 2048, 2 << 20  # also stay in its caches
 
     def asarray(self, x: np.ndarray) -> Array:
         x = np.asarray(x)
@@ -123,7 +125,7 @@ class MlxArrays(Ops):
         return mx.tanh(x) if self._fast(x) else elementary.tanh(x)
 
     def _fast(self, x: Array) -> bool:
-        """Whether MLX's own functions are as good as any: on a GPU, and where there is little to do."""
+        """Whether MLX's own functions are as fast as any for x [...]: on a GPU, and on small arrays."""
         return self.on_gpu or x.dtype != mx.float32 or x.size < 4096
 
     def cos(self, x: Array) -> Array:
@@ -164,6 +166,7 @@ class MlxArrays(Ops):
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
     def _packed_linear(self, x: Array, w: Quantized) -> Array:
+        """x [..., I] times the record [O, I] transposed: [..., O] in x's type."""
         if self.on_gpu:
             y = mx.quantized_matmul(x, _words(w), **_packed(w))
         else:  # decoded for the BLAS: thirty times as fast as the CPU's packed product
@@ -171,7 +174,7 @@ class MlxArrays(Ops):
         return self.like(self._factored(y, w, w.factor), x)
 
     def decoded(self, w: Quantized, dtype: mx.Dtype = mx.float32) -> Array:
-        """The matrix or stack of a record without its factor, in one operation; `dense` makes wide planes."""
+        """A record's values [..., O, I] without its factor, in one operation; `dense` makes wide planes."""
         form = w.form
         assert w.scales is not None, form
         if prod(w.shape) % 32:  # MLX 0.32 reshapes the codes by 32, whatever the group
@@ -188,13 +191,14 @@ class MlxArrays(Ops):
         return _expert_linear(x, weight, experts)
 
     def _packed_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
+        """`expert_linear` of x [R, I] and a record [E, O, I], without its factor: [R, O]."""
         if not self.on_gpu:
             return self._decoded_experts(self.to_wide(x), replace(w, factor=None), experts)
         rows = x.reshape(-1, 1, x.shape[-1])
         return mx.gather_qmm(rows, _words(w), rhs_indices=experts, sorted_indices=True, **_packed(w))[:, 0]
 
     def _decoded_experts(self, x: Array, w: Quantized, experts: Array) -> Array:
-        """Some outputs of all experts at a time: which experts have rows, only the host could ask."""
+        """Some outputs of all experts at a time, [R, O]: only the host could ask which experts have rows."""
         E, O, I = w.shape
         step = max(1, DECODED // (4 * E * I))
         parts: list[Array] = []
@@ -206,6 +210,7 @@ class MlxArrays(Ops):
         return mx.concatenate(parts, -1)
 
     def _factored(self, y: Array, w: Quantized, factor: Array | None) -> Array:
+        """y [..., O] times or by the factor [..., 1 or O], in float32; y itself without one."""
         if factor is None:
             return y
         return self.to_wide(y) / factor if w.divides else self.to_wide(y) * factor
@@ -219,7 +224,7 @@ class MlxArrays(Ops):
         return mx.get_peak_memory()
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        """On the CPU `fn` itself: there each fused kernel is a run of g++, 31 s in all for 5 % of speed."""
+        """The CPU runs `fn` itself: each fused kernel is a run of g++ there, 31 s in all for 5 % of speed."""
         return mx.compile(fn) if self.on_gpu else fn
 
     def settle(self, arrays: Any) -> None:
@@ -229,7 +234,7 @@ class MlxArrays(Ops):
         return mx.depends(x, list(done))
 
     def upload(self, record: Quantized) -> Quantized:
-        """FP8 rows become MXFP8 with scales of 1: MLX has no mode of one scale a row, but has the factor."""
+        """FP8 rows become MXFP8 with scales of 1: MLX has no mode of one scale a row; the factor is it."""
         placed = super().upload(record)
         if record.form.mode == "fp8":
             if not MXFP8.fits(record.shape[-1]):
@@ -253,12 +258,12 @@ class MlxArrays(Ops):
 
 
 def _words(w: Quantized) -> Array:
-    """The codes as MLX's 32-bit words: the same bytes."""
+    """The codes, uint8 [..., n], as MLX's words, uint32 [..., n/4]: the same bytes."""
     return w.codes.view(mx.uint32)
 
 
 def _packed(w: Quantized, transpose: bool = True) -> dict[str, Any]:
-    """What MLX's quantized products want to know of a record beside its words."""
+    """The arguments of MLX's quantized products for a record, but its words."""
     return {
         "scales": w.scales,
         "biases": w.biases,
@@ -270,8 +275,8 @@ def _packed(w: Quantized, transpose: bool = True) -> dict[str, Any]:
 
 
 def _expert_linear(x: Array, weight: Array, experts: Array) -> Array:
-    # Reshaped, not x[:, None]: the strides of a new axis send MLX's CPU product down a path four times
-    # as slow.
+    """Row r of x [R, I] times weight[experts[r]] of [E, O, I], transposed: [R, O]."""
+    # Reshaped, as the strides of x[:, None] send MLX's CPU product down a path four times as slow.
     x = x.reshape(-1, 1, x.shape[-1])
     y = mx.gather_mm(x, weight.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True)
     return y[:, 0]

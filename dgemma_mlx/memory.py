@@ -23,7 +23,7 @@ _before = (0, 0)  # limits to go back to: wired, cache
 
 @contextmanager
 def limits(on_gpu: bool, say: Callable[[str], None]) -> Iterator[None]:
-    """Limits for one run, shared by runs that overlap; on a CPU only the cache's.
+    """Limits for one run, shared by runs that overlap; a CPU has only the cache's.
 
     `say` is told where the model hardly fits.
     """

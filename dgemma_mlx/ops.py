@@ -4,6 +4,8 @@ Plain but not naive: MLX's own kernels where they compute what the definition sa
 kernels where this machine has proven them. Rotation stays the definition's: `mx.fast.rope` takes Metal's
 `fast::cos` of angles up to the context length, and counts positions unsigned, so left padding would wrap
 around.
+
+    B rows  L queries  S keys  D hidden  H heads  G KV heads  C head size  M size of the dense MLP
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class MlxOps(MlxArrays):
     ):
         """`kernels` are the names in `verdict.KERNELS` that run; by default those proven on this machine.
 
-        For `on_gpu` see `MlxArrays`.
+        `MlxArrays` says what `on_gpu` does.
         """
         super().__init__(dtype, notices, on_gpu)
         self._kernels = kernels
@@ -86,7 +88,7 @@ class MlxOps(MlxArrays):
             return norms.rms_norm(x, weight, eps)
         if weight is None:
             return mx.fast.rms_norm(x, None, eps)
-        # In bfloat16 the kernel would round before the weight and again after it.
+        # The kernel would round bfloat16 before the weight and again after it.
         return self.like(mx.fast.rms_norm(self.to_wide(x), self.to_wide(weight), eps), x)
 
     def open_branches(
@@ -125,7 +127,7 @@ class MlxOps(MlxArrays):
     def keys_values(
         self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
     ) -> tuple[Array, Array]:
-        """By the definition on matrices apart: of lazy products, that of q is never made."""
+        """The definition on separate matrices: products are lazy, and that of q is never made."""
         if w.rows:
             Q, K, *_ = w.rows
             w = replace(w, q=w.q[:Q], k=w.q[Q : Q + K], v=w.q[Q + K :] if len(w.rows) > 2 else None, rows=())
@@ -135,7 +137,7 @@ class MlxOps(MlxArrays):
         if not w.rows:
             return super().project(x, w, bias)
         y, (Q, K, *_) = self.linear(x, w.q), w.rows
-        # On full layers the last columns are K's, and V is made of them.
+        # The last columns are K's on full layers, which make V of them.
         return y[..., :Q], y[..., Q : Q + K], y[..., -K:]
 
     def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
@@ -168,14 +170,14 @@ class MlxOps(MlxArrays):
         return parts[0] if len(parts) == 1 else self.concat(parts, 2)
 
     def _blocks(self, shape: Sequence[int], S: int, window: int | None) -> Iterator[tuple[int, int]]:
-        """Ranges of queries whose scores fit `score_bytes`; no longer than a window, so as to skip keys."""
+        """Ranges of L, of q [B, H, L, C], whose scores fit `score_bytes`; a window at most, to skip keys."""
         B, H, L, _ = shape
         rows = min(max(1, self.score_bytes // (4 * B * H * S)), window or L)
         for a in range(0, L, rows):
             yield a, min(a + rows, L)
 
     def _causal(self, q: Array, k: Array, v: Array, mask: Mask, stop: int) -> Array:
-        """Causal attention of queries that are the last of the first `stop` slots."""
+        """Causal attention of q [B, H, L, C], which are the last L of the first `stop` slots of k and v."""
         L, pad, window = q.shape[2], mask.pad, mask.window
         start = 0 if window is None else max(0, stop - L + 1 - window)
         S = stop - start
@@ -207,7 +209,7 @@ def make(
 
 
 def stacked_heads(w: AttentionWeights) -> AttentionWeights:
-    """q, k and, if it has its own matrix, v as one; `w` where their forms differ."""
+    """q, k and, if it has its own, v as one matrix [rows, D]; `w` itself where their forms differ."""
     parts = [w.q, w.k] if w.v is None else [w.q, w.k, w.v]
     stacked = _stacked(*parts)
     if stacked is None:
@@ -216,12 +218,13 @@ def stacked_heads(w: AttentionWeights) -> AttentionWeights:
 
 
 def _stacked_mlp(w: MlpWeights) -> MlpWeights:
+    """gate and up as one matrix [2M, D]; `w` itself where their forms differ."""
     stacked = _stacked(w.gate, w.up)
     return w if stacked is None else MlpWeights(stacked, None, w.down)
 
 
 def _stacked(*parts: Array) -> Array | None:
-    """Matrices one above the other, in memory of their own; None where their forms differ."""
+    """Matrices [·, D] one above the other, in memory of their own; None where their forms differ."""
     if len({_form(part) for part in parts}) > 1:
         return None
     whole = [mx.concatenate(list(field), 0) for field in zip(*map(_fields, parts), strict=True)]
@@ -231,12 +234,12 @@ def _stacked(*parts: Array) -> Array | None:
 
 
 def _form(w: Array) -> tuple[Any, ...] | None:
-    """What matrices have in common that can be stacked."""
+    """The facts that matrices must share to be stacked."""
     return (w.form, w.divides, w.factor is None) if isinstance(w, Quantized) else None
 
 
 def _fields(w: Array) -> list[Array]:
-    """What a matrix is made of, rows first: of a record its fields, with a factor for each row."""
+    """The arrays of a matrix [O, I], rows first; a record's factor becomes one for each row, [O]."""
     if not isinstance(w, Quantized):
         return [w]
     factor = None if w.factor is None else mx.broadcast_to(w.factor, w.shape[:1])

@@ -1,4 +1,4 @@
-"""The Metal kernels on this machine, each against plain MLX: right, and how fast; the verdict is kept.
+"""Checks and times each Metal kernel on this machine against plain MLX, and keeps the verdict.
 
 It runs on a Mac only, at the released sizes. A kernel is switched on if it is right in both number formats
 and no slower than MLX's own operations.
@@ -58,6 +58,7 @@ class Data:
         self.ops = MlxOps(dtype, frozenset())
 
     def normal(self, *shape: int, scale: float = 1.0) -> mx.array:
+        """Normal numbers of `shape` [...] times `scale`, in the compute type."""
         return self.ops.asarray(scale * self.rng.standard_normal(shape))
 
     def record(self, form: Form, *shape: int) -> Quantized:
@@ -95,7 +96,7 @@ def _norms(data: Data) -> Iterator[Case]:
 
 
 def _heads(data: Data, layer: LayerConfig) -> Case:
-    """Of a narrow stream, or their products would take most of the time."""
+    """Heads of a narrow stream: a wide one's products would take most of the time."""
     config, C, H, G, D = data.config, layer.head_dim, data.config.heads, layer.kv_heads, 32
     q, k, v = (data.normal(heads * C, D, scale=D**-0.5) for heads in (H, G, G))
     w = AttentionWeights(q, k, None, data.normal(C), data.normal(C), None if layer.shares_kv else v)
@@ -107,7 +108,7 @@ def _heads(data: Data, layer: LayerConfig) -> Case:
 
 
 def _attention(data: Data, layer: LayerConfig) -> Iterator[Case]:
-    """Over the context; without a window also over two pieces and a slot, which are merged."""
+    """A canvas over the context; without a window also over two pieces and a slot, which are merged."""
     if layer.window:
         yield _canvas(data, layer, min(data.context, layer.window - 1))
     else:
@@ -170,7 +171,7 @@ def _vocabulary(data: Data) -> Iterator[Case]:
 
 
 def check(case: Case, dtype: mx.Dtype, timed: bool) -> Check:
-    """One kernel against its twin; an exception of MLX's is the kernel's fault, and said."""
+    """One kernel against its twin; an exception of MLX's is reported as the kernel's fault."""
     on, off = MlxOps(dtype, case.needs | {case.kernel}), MlxOps(dtype, case.needs)
     made = partial(Check, case.kernel, case.what, on.dtype_name, bound=BOUNDS[dtype], switchable=True)
     try:
@@ -183,12 +184,13 @@ def check(case: Case, dtype: mx.Dtype, timed: bool) -> Check:
 
 
 def _on_host(result: Any) -> list[np.ndarray]:
+    """An array, or each of several, as float32."""
     arrays = (result,) if isinstance(result, mx.array) else result
     return [np.array(x.astype(mx.float32)) for x in arrays]
 
 
 def clock(call: Callable[[], Any]) -> float:
-    """Median milliseconds of one call, several evaluated together so that launches are not waited for."""
+    """Median milliseconds of one call; several are evaluated together, so that no launch is waited for."""
     mx.eval(call())
     times = []
     for _ in range(ROUNDS):
@@ -202,9 +204,9 @@ Progress = Callable[[str], None]
 
 
 def check_all(device: str | None = None, progress: Progress = lambda what: None) -> dict[str, Any]:
-    """The whole report, ready for JSON (`dgemma.reports.selftest`); on a Mac the verdict is kept.
+    """The whole report, ready for JSON (`dgemma.reports.selftest`); a Mac keeps the verdict.
 
-    There is one `device`, so that none can be named.
+    MLX has one device: `device` is not read.
     """
     machine = verdict.machine()
     where = "{chip}, {system}, MLX {mlx}".format(**machine)
@@ -228,7 +230,7 @@ def _checks(folder: Path, context: int, timed: bool, progress: Progress) -> list
     for dtype in (mx.bfloat16, mx.float32):
         for case in cases(Data(config, dtype, context)):
             progress(f"checking {case.kernel}, {case.what}")
-            # What is timed is what runs by default on a GPU.
+            # Only bfloat16 is timed: a GPU runs it by default.
             done.append(check(case, dtype, timed and dtype == mx.bfloat16))
     return done
 

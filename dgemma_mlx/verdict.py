@@ -34,7 +34,7 @@ KERNELS = (
 
 
 def machine() -> dict[str, str]:
-    """What a verdict holds for."""
+    """The chip, system, MLX and kernels that a verdict holds for."""
     text = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "kernels").glob("*.py")))
     return {
         "chip": str(mx.device_info().get("device_name", "unknown")),
@@ -45,7 +45,7 @@ def machine() -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
+    """The folder of verdicts."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgemma"
 
 
@@ -56,7 +56,7 @@ def path() -> Path:
 
 
 def write(verdict: Mapping[str, str | None]) -> Path:
-    """Keep, by kernel, why it is off, or None where it runs; replaces what was there in one rename."""
+    """Keep why each kernel is off, None where it runs; one rename replaces what was there."""
     place = path()
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_suffix(f".{os.getpid()}")
@@ -80,7 +80,7 @@ def enabled(verdict: Mapping[str, str | None] | None) -> frozenset[str]:
 
 
 def notice(verdict: Mapping[str, str | None] | None) -> str | None:
-    """What a user should know of a verdict, in one sentence; None if all is well."""
+    """A sentence on what a user should know of a verdict; None if all is well."""
     if not hasattr(mx.fast, "metal_kernel"):
         return f"MLX {version('mlx')} has no custom kernels, so its own operations run; a newer one is faster"
     if verdict is None:

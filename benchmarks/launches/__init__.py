@@ -28,8 +28,8 @@ The rules:
 - Attention of more than 8 queries with heads of 256 or 512 has no fused kernel: it is MLX's own fallback
   (product, mask, softmax, product), and its scores are arrays.
 - What is compiled is fused as `mx.compile` does it: chains of elementwise operations over one shape, at most
-  11 deep and 24 inputs wide, where all readers of a value lie within. All of our step is compiled, and of
-  mlx-vlm's GeGLU and the softcap. Common subexpressions are removed from both, as export does it always.
+  11 deep and 24 inputs wide, where all readers of a value lie within. Our step is compiled as a whole,
+  mlx-vlm's in GeGLU and the softcap only. Export always removes common subexpressions, so from both.
 - The launch in which MLX 0.32.4 finds each expert's first row is not counted: its host code was not read.
 
 Bytes are those of each launch's inputs and outputs, once each. A broadcast array counts as what it was made

@@ -19,7 +19,7 @@ DEPTH, ARRAYS = 11, 24
 
 
 class Fusion:
-    """`compile_fuse` over a graph: from the last node on, each takes in what only it and its kin read."""
+    """`compile_fuse` over a graph: each node, the last one first, takes in what only it and its kin read."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
@@ -27,7 +27,7 @@ class Fusion:
         self.nodes = [replace(node, inputs=list(node.inputs)) for node in graph.nodes]
         self.maker = {name: node for node in self.nodes for name in node.outputs}
         self.readers: dict[str, list[Node]] = {}
-        # What is fused into the node at hand, by the name of what it makes, and what that reads.
+        # Nodes that are fused into the one at hand, by the name of what each makes, and what they read.
         self.members: dict[str, Node] = {}
         self.edge: set[str] = set()
         for node in self.nodes:
@@ -57,6 +57,7 @@ class Fusion:
         return self.members
 
     def _take(self, name: str, depth: int, shape: Shape) -> None:
+        """Make the maker of `name` and those below it members, as far as the rules let it."""
         if name in self.members:
             return
         node, leaves = self.maker.get(name), name in self.graph.outputs

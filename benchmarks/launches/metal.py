@@ -1,4 +1,4 @@
-"""What stands for an operation that is one kernel on Metal only, and for a function that is compiled."""
+"""Stand-ins for operations that are one kernel on Metal only, and for functions that are compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 
 def stand_in(name: str, inputs: Sequence[Any], shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    """An array that a custom kernel would make; it is never launched."""
+    """The array of `shape` [...] that a custom kernel would make; it is never launched."""
     names, one = [f"x{i}" for i in range(len(inputs))], (1, 1, 1)
     kernel: Any = mx.fast.metal_kernel(name=name, input_names=names, output_names=["y"], source="")
     (made,) = kernel(
@@ -43,7 +43,7 @@ _FALLBACK = mx.fast.scaled_dot_product_attention
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
-    """The fallback, which is what a build without Metal traces, where Metal would take it too."""
+    """The fallback for q [B, H, L, C], which a build without Metal traces: Metal would take it here, too."""
     assert q.shape[2] > 8 and q.shape[3] in (256, 512), f"attention of {q.shape} has a fused kernel"
     return _FALLBACK(q, k, v, **options)
 

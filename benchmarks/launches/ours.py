@@ -28,7 +28,7 @@ EVERY = frozenset(verdict.KERNELS)
 
 
 class TracedOps(MlxOps):
-    """As on an Apple GPU, in bfloat16, but what is read by the host is only kept."""
+    """The backend as on an Apple GPU, in bfloat16; it only keeps what the host would read."""
 
     def __init__(self, kernels: frozenset[str]):
         with mock.patch.object(mx, "default_device", lambda: mx.Device(mx.gpu)):
@@ -96,6 +96,7 @@ def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:
 
 
 def blank_record(shape: Shape, form: Form, dtype: mx.Dtype) -> Quantized:
+    """A record of `shape` [..., O, I] in an affine form; nothing is allocated until it is read."""
     codes = mx.zeros((*shape[:-1], shape[-1] * form.bits // 8), mx.uint8)
     scales, biases = (mx.zeros((*shape[:-1], shape[-1] // form.group), dtype) for _ in range(2))
     return Quantized(form, codes, scales, biases)

@@ -31,7 +31,7 @@ def peer_model(form: str) -> Any:
 
 
 def peer_caches(model: Any, context: int) -> list[Any]:
-    """As a prefill in one go leaves them."""
+    """The caches as a prefill of `context` tokens in one go leaves them."""
     caches = model.make_cache()
     for layer, cache in zip(model.layers, caches, strict=True):
         own = layer.self_attn
@@ -52,7 +52,7 @@ def peer(context: int, form: str) -> Step:
     masks = model.diffusion_decoder_masks(canvas, caches, None)
     # A mask is one row for all queries, made once a canvas.
     rows = {kind: mask[:, :, :1] for kind, mask in masks.items() if mask is not None}
-    # Quantized, it keeps the logits for the next step, and the soft embedding otherwise.
+    # A quantized model keeps the logits for the next step, any other the soft embedding.
     width, dtype = (text.vocab_size, mx.float32) if form == "4bit" else (text.hidden_size, mx.bfloat16)
     signal = mx.zeros((1, length, width), dtype)
     given = (weights, [(cache.keys, cache.values) for cache in caches], rows, signal, canvas, before)

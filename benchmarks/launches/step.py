@@ -60,6 +60,7 @@ def mapped(tree: Any, function: Callable[[mx.array], mx.array]) -> Any:
 
 
 def arrays_of(tree: Any) -> list[mx.array]:
+    """Every array of a tree, in the order in which `mapped` meets them."""
     found: list[mx.array] = []
     mapped(tree, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
     return found

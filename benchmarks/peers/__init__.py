@@ -11,28 +11,28 @@ The peers come with `pip install -e '.[mlx,cuda,bench]'`. How the numbers are ma
   million parameters unless `--set` changes the geometry, or any checkpoint given with `--checkpoint`.
   `--format 4bit` is that checkpoint after `dgemma convert --to mlx`, mlx-community's pattern, for the two
   MLX engines; `--dtype` is then that of activations. Options given twice are all combined.
-- Before anything is timed, logits are compared between the engines, of a first step and of one with given
+- Logits are compared between the engines before anything is timed, of a first step and of one with given
   self-conditioning, in processes of their own: nobody is timed on another model. A difference ends the run.
-  This is done in float32 whatever is timed: a random model amplifies bfloat16's rounding to a quarter of
-  the logits' spread. A pick of some router is a tie within float32's rounding: a tenth of the positions may
-  differ, and prompts are cut to 64 tokens, as a pick that differs there reaches every position. For a
-  checkpoint that does not fit in float32 there is `--no-compare`.
+  The comparison is in float32 whatever is timed: a random model amplifies bfloat16's rounding to a quarter
+  of the logits' spread. Some router's picks tie within float32's rounding. So a tenth of the positions may
+  differ, and prompts are cut to 64 tokens, as a pick that differs there reaches every position.
+  `--no-compare` is for a checkpoint that does not fit in float32.
 - Each engine lives in a process of its own, so that memory, BLAS and thread pools are its own too.
   Rounds go through the engines in turn (A B A B), so that what else the machine does falls on all alike.
-- What is timed is each engine's own generate loop over one canvas, not a rebuilt step: forward pass,
-  temperature, softmax, entropy, sample, acceptance and new noise are its own. A clock is read where the
+- The clock times each engine's own generate loop over one canvas, not a rebuilt step: forward pass,
+  temperature, softmax, entropy, sample, acceptance and new noise are its own. It is read where the
   loop shows a draft. The first step has no self-conditioning and is left out; so is the first round.
   The confidence threshold is set so low that no loop stops early.
 - Both peers show a draft before they make the soft embedding and ours after, so an interval between two
   drafts holds exactly one of everything in every engine.
 - mlx-vlm runs its entropy-bound sampler at temperature 1 on top of the schedule: the released sampler,
   though not its default. transformers runs its defaults (SDPA, grouped_mm experts, no compilation).
-- In bfloat16 mlx-vlm needs a GPU: the product of MLX's CPU that its experts use is float32 only. An engine
+- mlx-vlm needs a GPU for bfloat16: the product of MLX's CPU that its experts use is float32 only. An engine
   that fails in its first round is shown with its error and left out.
 - Peak memory is the process's, so it holds the interpreter and what an engine imports; mlx-vlm imports
-  PyTorch. On a GPU it is the device's. Of MLX engines there is also what MLX had in use above the weights,
-  at most, in MB, before the first draft and from there on: the prefill, and the steps with the cache they
-  read; and the ratio of the larger of the two, which is the call's.
+  PyTorch. A GPU's is the device's. MLX engines also show the most that MLX had in use above the weights,
+  in MB, before the first draft and from there on: the prefill, and the steps with the cache they read. The
+  ratio of the larger of the two is the call's.
 
 MLX's Linux wheel carries an unoptimized BLAS (2.6 GFLOP/s on two cores). An OpenBLAS is preloaded for
 both MLX engines when one is found, and the table says so when none is.

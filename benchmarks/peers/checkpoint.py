@@ -65,7 +65,7 @@ def _checkpoint(folder: Path, changes: Sequence[str], dtype: str, console: Conso
             raise click.UsageError(f"{folder} is there already, --set would change nothing")
         return
     console.print("making a random checkpoint")
-    # In a process of its own: a child inherits the high-water mark of the memory of its parent.
+    # A process of its own, as a child inherits the high-water mark of the memory of its parent.
     command = [sys.executable, "-m", "benchmarks.peers.checkpoint", str(folder), dtype, *changes]
     subprocess.run(command, check=True, env=environment())
 

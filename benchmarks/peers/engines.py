@@ -197,7 +197,7 @@ class MlxVlm(Engine):
 
 
 def _mlx_peak(engine: Engine) -> int:
-    """The device's, of the last call, or on a CPU the process's."""
+    """Bytes: a GPU's in the last call, or those of the process on a CPU."""
     import mlx.core as mx
 
     on_gpu = mx.default_device().type == mx.gpu

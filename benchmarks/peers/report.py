@@ -29,7 +29,7 @@ def report(workers: Sequence[Worker]) -> list[dict[str, Any]]:
 
 
 def compared(worker: Worker, peer: Worker) -> dict[str, Any]:
-    # By round: what is compared was measured side by side.
+    # Ratios go by round: what is compared was measured side by side.
     rounds = zip(worker.steps, peer.steps, strict=True)
     ratios = [statistics.median(a) / statistics.median(b) for a, b in rounds]
     above = [a / b for a, b in zip(worker.above, peer.above, strict=True)]

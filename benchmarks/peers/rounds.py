@@ -1,4 +1,4 @@
-"""What is done with engines: their logits are compared, and they are timed in turn."""
+"""Compares the logits of engines, and times the engines in turn."""
 
 from __future__ import annotations
 

@@ -37,8 +37,9 @@ def _answer(
     vocab: int = 0,
     out: str = "",
 ) -> dict[str, Any]:
+    """Times of a call; or, with a canvas [1, L], nothing, and logits [2, L, V] in the file `out`."""
     if canvas is not None:
-        # Not each engine's own first logits: a random model amplifies rounding some hundred times a pass.
+        # Given, as a random model amplifies rounding of its own first logits some hundred times a pass.
         before = 4 * np.random.default_rng(1).standard_normal((1, len(canvas[0]), vocab), np.float32)
         np.save(out, engine.logits(tokens, np.asarray(canvas), before))
         return {}

@@ -233,7 +233,7 @@ def _sentence(r: Random) -> list[tuple[str, str]]:
 
 
 def _targets(r: Random, words: list[tuple[str, str]]) -> tuple[str, str, list[str]]:
-    """The word to replace, its replacement, and the sentence; in a fifth the word stands there twice."""
+    """The word to replace, its replacement, and the sentence; a fifth of these have the word twice."""
     places = [i for i, (kind, _) in enumerate(words) if kind != "determiner"]
     kind, old = words[r.choice(places)]
     text = [word for _, word in words]

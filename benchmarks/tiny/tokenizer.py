@@ -37,7 +37,7 @@ SPECIALS = {
     106: "<turn|>",
 }
 CHARACTERS = ["\n", SPACE, *(chr(code) for code in range(33, 127))]
-# What has no character of its own falls back to its UTF-8 bytes; only bytes that can occur there are entries.
+# A character without an entry falls back to its UTF-8 bytes; only bytes that can occur there are entries.
 BYTES = [f"<0x{byte:02X}>" for byte in range(256) if chr(byte) not in {" ", *CHARACTERS}]
 
 # A word, with the space before it; digits, never in the vocabulary as a group; what is left is punctuation.

@@ -126,12 +126,13 @@ class Sampler:
         prompt, answer = self.encode(example)
         L = self.canvas_length
         canvases = math.ceil(len(answer) / L)
-        # Half the time the last: where to stop is what is learnt slowest.
+        # The last one half of the time: where to stop is learnt slowest.
         start = L * (canvases - 1 if rng.random() < 0.5 else int(rng.integers(0, canvases)))
         canvas = answer[start : start + L]
         return prompt + answer[:start], canvas + [FILL_ID] * (L - len(canvas))
 
     def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
+        """Batches without end, each as soon as its bucket is full."""
         waiting: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
         while True:
             context, canvas = self.pair(rng)
@@ -142,7 +143,7 @@ class Sampler:
 
 
 def collate(pairs: list[tuple[list[int], list[int]]], slots: int) -> Batch:
-    """Tensors of pairs whose contexts have at most `slots` tokens."""
+    """A batch [B, `slots`] of pairs whose contexts have at most that many tokens."""
     context = [[0] * (slots - len(c)) + c for c, _ in pairs]
     offset = [len(c) - slots for c, _ in pairs]
     return Batch(torch.tensor(context), torch.tensor(offset), torch.tensor([canvas for _, canvas in pairs]))
@@ -174,7 +175,7 @@ class Trainer:
         return build(self.config, self.table, leaf, constants, self.ops)
 
     def _loss(self, batch: Batch, noisy: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over canvas positions, each row's mean; the first half of the rows is conditioned."""
+        """Cross-entropy over a canvas [B, L], each row's mean; the first half of the rows is conditioned."""
         ops, config, w = self.ops, self.config, self.weights()
         new = graph.encode(ops, config, w, batch.context, batch.offset, None, ragged=True)
         past = [
@@ -213,7 +214,7 @@ class Trainer:
 
 
 def corrupt(canvas: torch.Tensor, vocab_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy canvas [B, L] and the temperature of each row's first pass [B]."""
+    """A canvas [B, L] made noisy, and the temperature of each row's first pass [B]."""
     B, L = canvas.shape
     t = torch.rand(B, generator=rng)
     t = torch.where(torch.rand(B, generator=rng) < PURE_NOISE, 1.0, t)

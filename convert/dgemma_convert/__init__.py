@@ -1,6 +1,6 @@
 """Converts checkpoints between formats, a piece at a time: `dgemma convert`, `python -m dgemma_convert`.
 
-`recipe` says what each class of weight becomes, a module a format (`bf16`, `mlx`, `nvfp4`) what the files
-look like, `plan` which tensors that makes, `encode` computes them and `stream` writes them so that an
-interrupted run can go on. Needs the base install alone.
+`recipe` says what each class of weight becomes, and a module a format (`bf16`, `mlx`, `nvfp4`) what the files
+look like. `plan` works out which tensors that makes, `encode` computes them, and `stream` writes them so that
+an interrupted run can go on. It needs the base install alone.
 """

@@ -1,7 +1,7 @@
 """One parameter, or a part of it along its first axis, from how it is stored to how it is written.
 
-Parts keep memory small whatever the size of a tensor: a few experts, or a block of rows. What passes through
-keeps its codes and scales bit for bit; all else goes through float32 values.
+Parts keep memory small whatever the size of a tensor: a few experts, or a block of rows. Records that pass
+through keep their codes and scales bit for bit; all else goes through float32 values.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parts(job: Job) -> Iterator[tuple[int, int]]:
 
 
 def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Fields:
-    """The fields of rows or experts start…stop as they are written. CheckpointError for values not finite."""
+    """The fields of rows or experts start…stop as they are written; CheckpointError for values not finite."""
     part = stored[start:stop]
     if job.kept:
         assert isinstance(part, Quantized)
@@ -66,14 +66,14 @@ def fields(stored: Stored | Quantized, job: Job, start: int, stop: int) -> Field
 
 
 def values(stored: Stored | Quantized) -> np.ndarray:
-    """The float32 values of a tensor or record."""
+    """The values [...] of a tensor or record, float32."""
     if isinstance(stored, Quantized):
         return np.asarray(dequantize(_OPS, _OPS.upload(stored)), np.float32)
     return stored.to_float32()
 
 
 def cut(output: Output, made: Fields, start: int, stop: int) -> tuple[int, np.ndarray] | None:
-    """Byte offset in the tensor `output` and what to write there of a part; None if it has none of it."""
+    """The byte offset in the tensor `output` and what a part writes there; None if it has none of it."""
     data = made[output.role] if output.role in made else _constant(output, made)
     first, *rest = output.place or (None,)
     if first is None and prod(output.shape) > 1:
@@ -88,12 +88,13 @@ def cut(output: Output, made: Fields, start: int, stop: int) -> tuple[int, np.nd
 
 
 def _constant(output: Output, made: Fields) -> np.ndarray:
-    """What a layout asks for and a record may lack: an input scale, and the factor of one that has none."""
+    """An input scale or a factor, which a layout asks for and a record may lack: a one for every row."""
     assert output.role in ("unused", "factor"), output
     return np.ones(made["codes"].shape[:-1], np.float32)
 
 
 def _kept(record: Quantized, job: Job) -> Fields:
+    """The fields of a record as they are; a factor becomes float32 that multiplies, one for every row."""
     made: dict[str, Any] = {"codes": record.codes.data}
     for role in ("scales", "biases"):
         if (field := getattr(record, role)) is not None:
@@ -105,7 +106,7 @@ def _kept(record: Quantized, job: Job) -> Fields:
 
 
 def _rows(factor: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A factor for every row."""
+    """A factor [..., 1 or O] for every row: float32 of `shape` [..., O]."""
     return np.ascontiguousarray(np.broadcast_to(factor, shape), np.float32)
 
 

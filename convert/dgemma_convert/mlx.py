@@ -1,7 +1,7 @@
 """MLX: mlx-community's convention, as mlx-vlm and mlx-lm read it (layout: `dgemma.checkpoint.layouts.mlx`).
 
-The experts' form is the default in config.json and every other quantized module has an override; modules
-that stay bfloat16 have none, which MLX understands from their lack of scales.
+The experts' form is the default in config.json, and every other quantized module has an override. Modules
+that stay bfloat16 have none: MLX knows them by their lack of scales.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which tensors a conversion writes: worked out from headers alone, before a weight is read.
 
-Everything of the output is known from here on, names and offsets included, so that tensors can be written
-in parts, a part of a tensor at a time and in any order, and a killed run can be told from a finished one.
+The whole output is known from here on, names and offsets included. So parts of tensors can be written in any
+order, and a killed run can be told from a finished one.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _dtype(piece: Piece, source: Source, form: Form | None, checkpoint: Checkpoi
 
 
 def fingerprint(plan: Plan, checkpoint: Checkpoint) -> str:
-    """What a half-finished output must have in common with a run that goes on with it."""
+    """A hash of all that a half-finished output must share with a run that goes on with it."""
     files = sorted({entry.file for entry in checkpoint.entries.values()})
     facts = {
         "config": plan.config,
@@ -204,7 +204,7 @@ def fingerprint(plan: Plan, checkpoint: Checkpoint) -> str:
 
 
 def report(plan: Plan) -> dict[str, Any]:
-    """What `--plan` prints, ready for JSON: a class becomes what, bytes, and memory to run."""
+    """What `--plan` prints, ready for JSON: what each class becomes, its bytes, and the memory to run."""
     forms = {job.param.name: job.form for job in plan.jobs}
     classes = []
     for group in (*CLASSES, "norm"):

@@ -1,9 +1,9 @@
 """What each class of weight becomes: presets, and what a user sets on top of them.
 
 Forms go by class of weight and not by one number of bits for all, because classes differ in what they
-bear. Error costs denoising steps and not only quality: the router's picks change first, then the table that
-is embedding, head and self-conditioning at once, then attention, the dense MLP, and experts last, which
-are nine tenths of the bytes.
+bear. Error costs denoising steps and not only quality. The router's picks change first, then the table that
+is embedding, head and self-conditioning at once, then attention and the dense MLP. Experts, nine tenths of
+the bytes, come last.
 """
 
 from __future__ import annotations

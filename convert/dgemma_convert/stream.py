@@ -1,9 +1,9 @@
 """Writes a planned conversion: streaming, resumable, and visible only when it is whole.
 
 Shards are written in a hidden folder beside the destination, each under a temporary name until its bytes are
-on the disk; the folder takes the destination's name last. So whatever kills a run, the destination is
-whole or not there, and the same command goes on with the first shard that is missing. Parts of tensors are
-converted by a few threads (NumPy lets go of the interpreter) that write at offsets known beforehand.
+on the disk; the folder takes the destination's name last. So the destination is whole or not there, whatever
+kills a run, and the same command goes on with the first shard that is missing. A few threads convert parts of
+tensors (NumPy lets go of the interpreter) and write them at offsets known beforehand.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _lock(handle: int) -> None:
 
 @contextmanager
 def _room() -> Iterator[None]:
-    """A full disk as one line."""
+    """Says in one line that the disk is full."""
     try:
         yield
     except OSError as error:
@@ -144,7 +144,7 @@ def _resume(work: Path, state: str) -> None:
 
 
 def _check_room(plan: Plan, work: Path) -> None:
-    """CheckpointError if the disk has not room for what is still to be written."""
+    """CheckpointError if the disk has no room for what is still to be written."""
     if not work.parent.is_dir():
         raise ConfigError(f"{work.parent}: no such folder to write to")
     there = sum(path.stat().st_size for path in work.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""What a target format is to the converter: a layout to cut tensors by, and how config.json announces it."""
+"""A target format, as the converter sees it: a layout to cut tensors by, and its place in config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Forms = Mapping[str, Form | None]  # by parameter name
 
 
 class Target:
-    """Base of the formats that can be written. What it says itself is the plain one, quantizing nothing."""
+    """Base of the formats that can be written; by itself the plain one, which quantizes nothing."""
 
     name = ""
     stores: tuple[str, ...] = ()  # modes beside bf16

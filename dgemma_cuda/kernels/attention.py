@@ -1,12 +1,12 @@
 """Attention for this model's heads of 256 and 512: replaces `Ops.attend`, without masks or repeated keys.
 
 PyTorch's flash kernels stop at 256 and take no mask, and the others read one of L × S. Here the heads of a
-KV head are rows of one matrix, adjacent rows being one query's heads, so that a block of rows spans few
-queries; keys outside its window or in padding are not read at all. Where blocks are fewer than the GPU has
-processors, runs of keys go to different programs and are merged by their log-sum-exps. Softmax and sums
-are float32, and no result depends on the order in which programs run. Cached keys and values are read where
-they are: to join them with a canvas's own would move 0.5 GB a step at 1k. A recorded launch finds their
-addresses in memory, so that no second copy is held for it. The price: no gradients.
+KV head are rows of one matrix. Adjacent rows are one query's heads, so a block of rows spans few queries, and
+keys outside its window or in padding are not read at all. Runs of keys go to different programs, if blocks
+are fewer than the GPU's processors, and are merged by their log-sum-exps. Softmax and sums are float32, and
+no result depends on the order in which programs run. Cached keys and values are read where they are: joining
+them with a canvas's own would move 0.5 GB a step at 1k. A recorded launch finds their addresses in memory, so
+that no second copy is held for it. The price: no gradients.
 
     B rows  L queries  S key slots  C head size  H heads  G KV heads  Z splits of S
 """
@@ -50,7 +50,7 @@ class Tile:
 
     @property
     def options(self) -> dict[str, int]:
-        """Of a launch. Left to itself ptxas aims lower on sm_89, at 128 registers, and spills for it."""
+        """Launch options. ptxas, left to itself, aims at 128 registers on sm_89, and spills for it."""
         registers = min(255, REGISTERS // (32 * self.warps * self.resident))
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
@@ -59,7 +59,8 @@ class Tile:
 class Remote:
     """Keys or values [B, G, P, C] whose address is in memory, so that a recorded launch reads any context's.
 
-    The address is the first of `at`, int64 [2]: two, as Triton compiles apart for pointers off 16 bytes.
+    The address is the first of `at`, int64 [2]. Two keep 16 bytes between them: Triton compiles again for a
+    pointer that is not aligned so.
     """
 
     at: Tensor
@@ -70,8 +71,8 @@ class Remote:
         return self.strides
 
 
-# By head size and family. At 512 it is 98 KB of the 99 that consumer GPUs have. At 256 four warps are one
-# wgmma's (tcgen05's) 64 rows, and two programs fit; with mma.sync they would spill, so that eight share them.
+# By head size and family. A tile of 512 takes 98 KB of the 99 that consumer GPUs have. Four warps at 256 are
+# one wgmma's (tcgen05's) 64 rows, and two programs fit; mma.sync would spill, so that eight warps share them.
 TILES = {
     (512, "mma"): Tile(64, 16, 8, 2, resident=1),
     (512, "wgmma"): Tile(64, 16, 8, 2, resident=1),
@@ -94,7 +95,7 @@ def family(major: int) -> str:
 
 
 def attention_plain(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """`attention` in PyTorch: the mask is `dgemma.network.ops.layers.visible`'s."""
+    """`attention` in PyTorch, of the same arrays: the mask is `dgemma.network.ops.layers.visible`'s."""
     L, S = q.shape[2], k.shape[2]
     key = torch.arange(S, device=q.device)
     query = torch.arange(S - L, S, device=q.device)[:, None]
@@ -118,10 +119,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, splits: int | None = 
 def attend(q: Tensor, own: Pair, past: Pair | None, mask: Mask, splits: int | None = None) -> Tensor:
     """`Ops.attend` of q [B, H, L, C] over [B, G, ·, C] of `past`, then of `own`, all of one 16-bit type.
 
-    C is a power of two from 16 on. Strides are free where C's is 1 and values have their keys'; else there is
-    a copy, but of what is `Remote`. The result lies as [B, L, H, C] does, which is how the output projection
-    reads it. NaN in slots before the pad reaches no row behind it. `splits` is chosen from shapes where it is
-    None, so that a captured step stays as it is.
+    C is a power of two from 16 on. Strides are free where C's is 1 and values have their keys'; anything else
+    is copied, except a `Remote`. The result lies as [B, L, H, C] does, which is how the output projection
+    reads it. NaN in slots before the pad reaches no row behind it. `splits` None is chosen from shapes, so
+    that a captured step stays as it is.
     """
     load()
     B, H, L, C = q.shape
@@ -137,7 +138,7 @@ def attend(q: Tensor, own: Pair, past: Pair | None, mask: Mask, splits: int | No
     blocks = -(-L * (H // G) // tile.rows)
     Z = splits or _splits(blocks * B * G, S, tile, q.device)
     y = q.new_empty((B, L, H, C)).transpose(1, 2)
-    # Of each split: its normalised result, and log2 of the sum that normalised it.
+    # Each split's normalised result, and log2 of the sum that normalised it.
     parts = q.new_empty((Z, B, H, L, C), dtype=torch.float32) if Z > 1 else y[None]
     sums = q.new_empty((Z, B, H, L) if Z > 1 else 1, dtype=torch.float32)
     strides = [step for x in (q, k, past_k) for step in x.stride()[:3]]
@@ -156,7 +157,7 @@ def attend(q: Tensor, own: Pair, past: Pair | None, mask: Mask, splits: int | No
 
 
 def _alike(pair: Pair) -> Pair:
-    """Keys and values that lie alike, C's stride 1: one offset is then for both."""
+    """Keys and values [B, G, ·, C] that lie alike, C's stride 1, so that one offset is for both."""
     k, v = pair
     steps = zip(k.shape, k.stride(), v.stride(), strict=True)
     alike = all(size == 1 or step == other for size, step, other in steps)
@@ -181,9 +182,9 @@ def _attend(
 ):  # fmt: skip
     """One block of rows of one KV head over one run of its keys; row r is head r % REP of query r // REP.
 
-    Slots below P are the past's, those from P on the own: one loop, in which a block of keys is all of one or
-    of the other. Only keys from `pad` on, and from the first row's window to the last row's query, are
-    read. Exponentials are powers of two.
+    Slots below P are the past's, those from P on the own. One loop goes over both, and a block of keys is all
+    of one or of the other. It reads only keys from `pad` on, and from the first row's window to the last
+    row's query. Exponentials are powers of two.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks of a causal pass are the longest
     b, g, part = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G, tl.program_id(2)

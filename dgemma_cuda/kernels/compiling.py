@@ -1,4 +1,4 @@
-"""How many kernels Triton has made so far: what there is to say while someone waits for them."""
+"""Counts the kernels that Triton has made so far, for someone who waits for them."""
 
 from __future__ import annotations
 

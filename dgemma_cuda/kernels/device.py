@@ -1,16 +1,16 @@
 """Triton sources of the products with tiled weights, for `plan`, `moe` and `linear`. Importing needs Triton.
 
-A weight's bits become bfloat16 by integer instructions alone. In NVFP4 a rotation and a mask bring a pair of
-E2M1 codes to where bfloat16 has sign, exponent and mantissa. That is the code's value times 2^-126, and ±0.5
-is a subnormal, which the multiplier keeps. The scale comes as 2^107 times its value, so that their product is
-normal and exact, and the 2^-19 of every sum is taken back at its end. Blackwell converts codes and scales
-itself where NATIVE says that Triton's assembler knows how. In FP8 a shift and two masks make the value times
-2^-120, subnormals included, and a multiplication takes that back: no conversion of the GPU's own is needed,
-which sm_80 lacks.
+A weight's bits become bfloat16 by integer instructions alone. A rotation and a mask bring a pair of E2M1
+codes of NVFP4 to where bfloat16 has sign, exponent and mantissa. That is the code's value times 2^-126, and
+±0.5 is a subnormal, which the multiplier keeps. The scale comes as 2^107 times its value, so that their
+product is normal and exact, and the 2^-19 of every sum is taken back at its end. Blackwell converts codes and
+scales itself where NATIVE says that Triton's assembler knows how. A shift and two masks make FP8's value
+times 2^-120, subnormals included, and a multiplication takes that back. No conversion of the GPU's own is
+needed, which sm_80 lacks.
 
 Triton's interpreter has no inline assembly, multiplies bfloat16 as if it were integers in `tl.dot`, and
-loses its subnormals. INTERPRET therefore says the same layout in float32 arithmetic, which is as exact; the
-assembly itself is emulated bit by bit in tests/kernels/test_assembly.py.
+loses its subnormals. So INTERPRET says the same layout in float32 arithmetic, which is as exact;
+tests/kernels/test_assembly.py emulates the assembly itself bit by bit.
 
     R weight rows of a tile  M rows of a block of picks  T tiles of a matrix  B blocks of 64 inputs
     K picks a token  E experts
@@ -99,7 +99,7 @@ OPERANDS_FP8 = tl.constexpr("=h,=h,=h,=h,r")
 
 @triton.jit
 def plan(ids, slots, owners, picks, count, E: tl.constexpr, BINS: tl.constexpr, M: tl.constexpr):
-    """See `plan.plan`. One program an expert: where it begins follows from the counts of all experts."""
+    """See `plan.plan`. One program an expert, whose beginning follows from the counts of all experts."""
     CHUNK: tl.constexpr = 1024
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -129,7 +129,7 @@ def plan(ids, slots, owners, picks, count, E: tl.constexpr, BINS: tl.constexpr, 
 
 @triton.jit
 def code(word, I: tl.constexpr, HIGH: tl.constexpr, NATIVE: tl.constexpr):
-    """The code of pair I, its second where HIGH, as float32: what Order of the layout says."""
+    """The code of pair I of words [...], its second where HIGH, as float32: what `layout.Order` says."""
     word = word.to(tl.uint32, bitcast=True)
     if not NATIVE:
         word = word >> (16 if HIGH else 0)

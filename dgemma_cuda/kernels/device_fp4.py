@@ -1,11 +1,11 @@
 """Triton sources of the products in FP4, for `fp4`. Importing needs Triton.
 
 `tl.dot_scaled` multiplies codes by codes in the tensor cores, which apply a scale for 16 inputs to either
-operand. Weights are its left operand: tcgen05 does this for 128 rows only, and for fewer Triton 3.9 decodes
-both sides and multiplies bfloat16, silently. Bytes of codes and of scales go from memory to the tensor cores
+operand. Weights are its left operand: tcgen05 does this for 128 rows only, and Triton 3.9 silently decodes
+both sides and multiplies bfloat16 for fewer. Bytes of codes and of scales go from memory to the tensor cores
 as they are.
 
-Triton's interpreter knows no E4M3 scales. INTERPRET therefore decodes both operands into float32.
+Triton's interpreter knows no E4M3 scales, so INTERPRET decodes both operands into float32.
 
     R weight rows of a tile  M rows of a block of picks  T tiles of a matrix  B blocks of 64 inputs
     S blocks of 64 inputs that a step multiplies  K picks a token  E experts
@@ -21,7 +21,7 @@ from .device import code_fp8, e2m1, geglu, share
 
 @triton.jit
 def encoded(x, MANTISSA: tl.constexpr, BIAS: tl.constexpr, MOST: tl.constexpr):
-    """Codes of float32 |x| as `nvfp4._encode` rounds them, to nearest and ties to even, saturated."""
+    """Codes of float32 |x| as `formats.nvfp4` rounds them, to nearest and ties to even, saturated."""
     DROPPED: tl.constexpr = 23 - MANTISSA
     y = tl.minimum(tl.abs(x), MOST)
     bits = y.to(tl.int32, bitcast=True)

@@ -2,10 +2,9 @@
 
 Blackwell's tensor cores multiply FP4 codes under E4M3 scales as they are stored, at four times the rate of
 bfloat16. So activations are quantized on the way, as a checkpoint's weights are: a float32 factor a row, an
-E4M3 scale for 16 inputs, E2M1 codes. What that may save is decoding, which binds W4A16 on a B200, and
-products of bfloat16, which bind it on an RTX 5090; no GPU has timed it. The price: what a layer's experts
-make of random heavy-tailed data is off by 15 % (tests/kernels/test_fp4.py), and two launches more a layer.
-Hence an opt-in.
+E4M3 scale for 16 inputs, E2M1 codes. That may save decoding, which binds W4A16 on a B200, and products of
+bfloat16, which bind it on an RTX 5090; no GPU has timed it. The price: a layer's experts are off by 15 % on
+random heavy-tailed data (tests/kernels/test_fp4.py), and a layer has two launches more. Hence an opt-in.
 
     N tokens  K picks a token  E experts  D hidden  M expert size
 """
@@ -52,7 +51,7 @@ def oldest(capability: tuple[int, int]) -> tuple[int, int]:
 
 
 def tile_stack(record: Quantized, name: str) -> Tiled:
-    """A stack of experts in NVFP4, "gate_up" (gate rows first) or "down", in the order read here."""
+    """A stack [E, O, I] in NVFP4, "gate_up" (gate rows first) or "down", in the order read here."""
     return tile(record, moe.TILE_ROWS[name], 2 if name == "gate_up" else 1, Order.UNSIGNED)
 
 
@@ -76,7 +75,7 @@ def experts(
 def experts_plain(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Tiled, down: Tiled
 ) -> torch.Tensor:
-    """What `experts` computes, in PyTorch on decoded weights and activations: its definition."""
+    """`experts` of the same arrays, in PyTorch on decoded weights and activations: its definition."""
     return moe.experts_plain(x, weights, ids, gate_up, down, quantized_plain)
 
 
@@ -112,7 +111,7 @@ def quantized(x: torch.Tensor, width: int, plan: Plan | None = None, E: int = 0)
 
 
 def quantized_plain(x: torch.Tensor) -> torch.Tensor:
-    """The values of `quantized`, by way of the host, as the format's own encoder has them: float32."""
+    """The values [N, I] float32 of `quantized`, as the format's own encoder makes them on the host."""
     rows = x.float().cpu().numpy()
     factor = np.abs(rows).max(-1) / np.float32(2688)
     record = blocks(rows, NVFP4, np.where(factor == 0, np.float32(1), factor))
@@ -154,7 +153,7 @@ def projected(x: Rows, plan: Plan, weights: torch.Tensor, w: Tiled, dtype: torch
 
 
 def fields(w: Tiled) -> tuple[torch.Tensor, ...]:
-    """Words and scales as bytes, and the factor."""
+    """Words and scales of a stack as bytes, and the factor: uint8 in the order of `Tiled`, float32."""
     assert w.order is Order.UNSIGNED and w.scales is not None, w.order
     return w.words.view(torch.uint8), w.scales.view(torch.uint8), w.factor
 

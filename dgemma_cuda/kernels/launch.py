@@ -1,7 +1,7 @@
-"""What the kernels have in common: whether they run on a device, and Triton at the first launch.
+"""Common to the kernels: whether they run on a device, and Triton at the first launch.
 
-Importing Triton takes a second and needs a machine that has it, so modules mark their kernels and the first
-launch compiles them. Modules whose every line is Triton's (`device`) are imported at a launch instead.
+Importing Triton takes a second and needs a machine that has it. So modules mark their kernels and the first
+launch compiles them. A launch imports modules whose every line is Triton's (`device`, `device_fp4`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """NVFP4 and FP8 weights re-tiled for our products: as many bytes as the checkpoint's, in order of use.
 
 A kernel that unpacks nibbles as they are stored spends 12 instructions a weight and is bound by issue, not
-by memory. So the bits are reordered once, at load: the bytes of one tile are adjacent, and the two weights
-that share a register of a matrix fragment come out of a word together, as bfloat16, by a shift or a rotation
-and a mask. A GPU that converts codes itself gets bytes as they are, in the order of the same words. The price
-is that a loaded stack no longer is what its file holds, and belongs to one tile height and one order.
+by memory. So the bits are reordered once, at load. The bytes of one tile are adjacent. A shift or a rotation
+and a mask take two weights out of a word together, as bfloat16, in one register of a matrix fragment. A GPU
+that converts codes itself gets bytes as they are, in the order of the same words. The price: a loaded stack
+no longer is what its file holds, and belongs to one tile height and one order.
 
 A word of NVFP4 holds 4 pairs of adjacent inputs: pair i of word w is the inputs 16i + 2w and 16i + 2w + 1 of
 a block of 64, hence of scale group i, and the byte 8i + w of the block as ModelOpt and MLX store it. A word
@@ -32,7 +32,7 @@ CHUNK = 1 << 22  # words made at a time: what bounds the temporaries
 
 
 class Order(Enum):
-    """What the bits of an NVFP4 word and of its word of scales are."""
+    """How the bits of an NVFP4 word and of its word of scales are ordered."""
 
     SHIFTED = "shifted"  # codes at PLACES, scales as UE5M3: what shifts and masks decode
     NATIVE = "native"  # byte i is pair i, and scales are E4M3, all as stored: what a GPU converts
@@ -51,7 +51,7 @@ OCTETS = (2, 0, 3, 1)
 
 @dataclass(frozen=True, eq=False)
 class Tiled:
-    """A stack [E, O, I], with O of `parts` equal runs of rows, or a matrix [O, I]; its order is above."""
+    """A stack [E, O, I], whose O is `parts` equal runs of rows, or a matrix [O, I]; words as above."""
 
     form: Form  # NVFP4 or FP8
     words: torch.Tensor  # int32 [E, T, B, P, R, W]
@@ -75,7 +75,7 @@ class Tiled:
 
 
 def fits(record: Quantized) -> bool:
-    """Whether there are tiles for a record. Its form decides, and NaN: that code of FP8 would become 480."""
+    """Whether there are tiles for a record: for NVFP4, and for FP8 without NaN, whose code would be 480."""
     if record.form == FP8:
         return not bool((record.codes & 127 == 127).any())
     return record.form == NVFP4
@@ -147,7 +147,7 @@ def _shifted(octets: torch.Tensor, stored: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _joined(octets: torch.Tensor) -> torch.Tensor:
-    """Four bytes [..., 4] as an int32, the first one lowest."""
+    """Four bytes [..., 4] as an int32 [...], the first one lowest."""
     return octets.contiguous().view(torch.int32)[..., 0]
 
 
@@ -158,6 +158,7 @@ def _blocks(x: torch.Tensor, B: int, width: int, P: int, rows: int) -> torch.Ten
 
 
 def _factor(record: Quantized, T: int, parts: int, rows: int) -> torch.Tensor:
+    """The factor of every row, [E, T, P, R] float32; 0 for rows that fill up a tile."""
     E, O, _ = record.shape
     if record.factor is None:
         factor = torch.ones((1, 1), device=record.codes.device)
@@ -171,7 +172,7 @@ def _factor(record: Quantized, T: int, parts: int, rows: int) -> torch.Tensor:
 
 
 def untile(tiled: Tiled) -> torch.Tensor:
-    """The values in float32, as `Ops.dequantize` has them: the definition of the tiles."""
+    """The values [E, O, I] or [O, I] float32, as `ops.decoding.dequantize` has them: what tiles mean."""
     O, I = tiled.shape[-2:]
     values = _values_fp8(tiled) if tiled.scales is None else _values(tiled, tiled.scales)
     # [E, T, B, P, R, 64] -> [E, P, T, R, B, 64] -> [E, P, rows, inputs]
@@ -218,8 +219,11 @@ def _values_fp8(tiled: Tiled) -> torch.Tensor:
 
 @cache
 def _tables() -> tuple[torch.Tensor, ...]:
-    """By a byte of two codes: its bits in a word, int32 [4, 256]. By an E4M3 scale: the UE5M3 byte, a mask
-    (zero for a zero scale) and the bits to flip in a byte of codes (the signs, of a negative scale)."""
+    """Bits in a word, int32 [4, 256], by a byte of two codes; three tables, uint8 [256], by an E4M3 scale.
+
+    The three are the UE5M3 byte, a mask (zero for a zero scale) and the bits to flip in a byte of codes (the
+    signs, for a negative scale).
+    """
     octets = np.arange(256, dtype=np.int64)
     fields = np.zeros((4, 256), np.int64)
     for i, places in enumerate(PLACES):
@@ -236,9 +240,9 @@ def _tables() -> tuple[torch.Tensor, ...]:
 
 
 def _ue5m3(x: np.ndarray) -> np.ndarray:
-    """Bytes of positive values of E4M3 as (1 + m/8) · 2^(e − 10), e in the upper five bits: all are normal.
+    """Bytes of E4M3's positive values x [n] as (1 + m/8) · 2^(e − 10), e in the upper five bits: all normal.
 
-    255 stands for NaN: the kernels turn it into one. What zero becomes does not matter, its codes are zeros.
+    255 stands for NaN: the kernels turn it into one. Zero becomes anything, as its codes are zeros.
     """
     mantissa, exponent = np.frexp(np.where((x > 0) & np.isfinite(x), x, 1.0))
     return ((exponent - 1 + 10) << 3) | (mantissa * 16 - 8).astype(np.int64)

@@ -1,8 +1,8 @@
 """Linears in NVFP4 or FP8, activations in bfloat16: replaces `Ops.linear` of a record; the experts' product.
 
-The alternative is to decode the matrix into bfloat16 and to call cuBLAS. At every call that moves eight times
-the matrix's bytes or more; once at load it takes the memory that the format was chosen to save. Here a tile
-is decoded again for every 64 rows of x, four times for a canvas: by arithmetic 9 µs of instructions for
+The alternative is to decode the matrix into bfloat16 and to call cuBLAS. Decoding at every call moves eight
+times the matrix's bytes or more; decoding at load takes the memory that the format was chosen to save. Here
+a tile is decoded again for every 64 rows of x, four times for a canvas: 9 µs of instructions, as counted, for
 11.5 M weights on an H100, where cuBLAS waits 7 µs for them in bfloat16. No GPU has measured it.
 
     N rows of x  O outputs  I inputs
@@ -25,7 +25,7 @@ def tile_rows(arch: int) -> int:
 
 
 def tile_matrix(record: Quantized) -> Tiled:
-    """A matrix [O, I] in the order that the kernel reads."""
+    """The tiles of a matrix [O, I] in the order that its device's kernel reads."""
     device = record.codes.device
     return tile(record, tile_rows(architecture(device)), order=order(device))
 
@@ -52,5 +52,5 @@ def linear(x: torch.Tensor, w: Tiled) -> torch.Tensor:
 
 
 def linear_plain(x: torch.Tensor, w: Tiled) -> torch.Tensor:
-    """What `linear` computes, in PyTorch on decoded weights."""
+    """`linear` of x [..., I] in PyTorch on decoded weights: [..., O]."""
     return F.linear(x.float(), untile(w)).to(x.dtype)

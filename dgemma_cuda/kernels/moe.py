@@ -2,9 +2,9 @@
 
 Four launches do a layer's experts: the plan, gate and up with GELU, down with the router's weight, and the
 sum over picks. Weights are decoded in registers on their way to the tensor cores, so that a step reads each
-chosen expert once, as it is stored. What lies between the launches is bfloat16, as between the composite's
-products; sums are float32, and the last one has a fixed order, so that a result does not depend on
-scheduling, as it would with atomic additions. The price is that weights come in the order of `layout`.
+chosen expert once, as it is stored. Arrays between the launches are bfloat16, as between the composite's
+products. Sums are float32, and the last one has a fixed order: a result does not depend on scheduling, as it
+would with atomic additions. The price: weights come in the order of `layout`.
 
     N tokens  K picks a token  E experts  D hidden  M expert size
 """
@@ -38,8 +38,8 @@ class Config:
 TILE_ROWS = {"gate_up": 64, "down": 128}
 # Rows of a block that an architecture takes for a canvas's 16 picks an expert; see `block_rows`.
 CANVAS_ROWS = {80: 32, 89: 16, 90: 32, 100: 32, 120: 16}
-# From what compiles best without a GPU at hand (tests/kernels/test_aot.py), not from timings. 64 rows fill
-# mma.sync and wgmma from the left, too, and then an instruction has more columns of weights.
+# Chosen by what compiles best without a GPU (tests/kernels/test_aot.py), not by timings. 64 rows also fill
+# mma.sync and wgmma from the left, and then an instruction has more columns of weights.
 CONFIGS: dict[tuple[int, int], Config] = {
     (arch, rows): Config(swap=rows < 64 or arch == 100, stages=3 if arch in (89, 120) else 4)
     for arch in CANVAS_ROWS
@@ -48,7 +48,7 @@ CONFIGS: dict[tuple[int, int], Config] = {
 
 
 def architecture(device: torch.device) -> int:
-    """The key of CONFIGS for a device: the nearest architecture that is not newer. On a CPU the oldest."""
+    """The key of CONFIGS for a device: the nearest architecture that is not newer. The oldest on a CPU."""
     if device.type != "cuda":
         return min(CANVAS_ROWS)
     major, minor = torch.cuda.get_device_capability(device)
@@ -66,7 +66,7 @@ def block_rows(arch: int, picks: int, experts: int) -> int:
 
 
 def tile_stack(record: Quantized, name: str) -> Tiled:
-    """A stack of experts, "gate_up" (gate rows first) or "down", in the order that the kernels read."""
+    """A stack [E, O, I], "gate_up" (gate rows first) or "down", in the order that the kernels read."""
     return tile(record, TILE_ROWS[name], 2 if name == "gate_up" else 1, order(record.codes.device))
 
 
@@ -95,9 +95,9 @@ def experts_plain(
     x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Tiled, down: Tiled,
     widen: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
 ) -> torch.Tensor:  # fmt: skip
-    """What `experts` computes, in PyTorch on decoded weights, rounded where the kernels round.
+    """`experts` of the same arrays, in PyTorch on decoded weights, rounded where the kernels round.
 
-    `widen` makes float32 of rows that go into a product.
+    `widen` makes float32 of rows [n, ·] that go into a product.
     """
     wide_up, wide_down = untile(gate_up), untile(down)
     out = torch.zeros(x.shape, device=x.device)
@@ -159,7 +159,7 @@ def combined(y: torch.Tensor, K: int) -> torch.Tensor:
 
 
 def fields(w: Tiled) -> tuple[torch.Tensor, ...]:
-    """Words, scales and factor; FP8 has no scales, and nothing reads what stands in for them."""
+    """Words, scales and factor of a `Tiled`; FP8 has no scales, and nothing reads what stands in for them."""
     return w.words, w.words if w.scales is None else w.scales, w.factor
 
 

@@ -1,9 +1,9 @@
 """Which rows a block of the grouped matmul computes: picks sorted by expert, each expert's padded to a block.
 
-Everything stays on the device and every size follows from shapes, so that a CUDA graph can hold it: the
-buffers are for the worst case, and the blocks that a routing leaves over say so and return at once. One
-launch does it, in which each expert's program counts all picks again; a chain of sorts, sums and scatters
-(the plain twin) is a dozen launches, for every layer of every step.
+Everything stays on the device and every size follows from shapes, so that a CUDA graph can hold it. Buffers
+are for the worst case, and blocks that a routing leaves over say so and return at once. It is one launch,
+where each expert's program counts all picks again; a chain of sorts, sums and scatters (the plain twin) is a
+dozen launches, for every layer of every step.
 
     N tokens  K picks a token  E experts  R rows of a block  B blocks
 """
@@ -50,7 +50,7 @@ def plan(ids: torch.Tensor, experts: int, rows: int) -> Plan:
 
 
 def plan_plain(ids: torch.Tensor, experts: int, rows: int) -> Plan:
-    """What `plan` computes, in PyTorch, and as fit for a CUDA graph; left-over slots are N·K here."""
+    """`plan` of ids [N, K] in PyTorch, and as fit for a CUDA graph; left-over slots are N·K here."""
     flat = ids.reshape(-1)
     order = torch.argsort(flat, stable=True)
     of_row = flat[order]  # expert of the sorted picks

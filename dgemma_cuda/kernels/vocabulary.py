@@ -1,11 +1,10 @@
-"""What the vocabulary says of each position, in two passes over bfloat16 logits: replaces
-`Ops.vocabulary_rows`.
+"""What the vocabulary says of each position, in two passes over logits: replaces `Ops.vocabulary_rows`.
 
-The head is one cuBLAS product into a plane of logits, the only one that exists. One pass over it gathers
-maximum, sum and entropy online; a second turns logits into probabilities in place, and the soft embedding
-is again a product. Between them, the sample reads one part of each row. Everything stays on the device and
-every shape follows from the arguments', so that a CUDA graph can hold it; nothing depends on the order in
-which programs run. The price: logits are rounded to bfloat16, as they are in the reference.
+The head is one cuBLAS product into a bfloat16 plane of logits, the only one that exists. One pass over it
+gathers maximum, sum and entropy online. A second turns logits into probabilities in place, and the soft
+embedding is again a product. The sample reads one part of each row between the two. Everything stays on the
+device and every shape follows from the arguments', so that a CUDA graph can hold it. Nothing depends on the
+order in which programs run. The price: logits are rounded to bfloat16, as they are in the reference.
 
 `sparse_vocabulary` replaces the second product for rows that a few tokens dominate, and says what is missing.
 
@@ -57,8 +56,8 @@ COLUMNS, GATHERED = 256, 16  # of `_collect`: columns a program, table rows in r
 class Sparse:
     """Which rows of the soft embedding a few tokens may stand for.
 
-    Kept are the first `keep` tokens with p > ratio · max p. A row is sparse if what they leave out is at
-    most `missing`; every other row gets the whole product.
+    It keeps the first `keep` tokens with p > ratio · max p. A row is sparse if they leave out at most
+    `missing`; every other row gets the whole product.
     """
 
     ratio: float = 1e-5
@@ -85,7 +84,7 @@ def sparse_vocabulary_plain(
     uniforms: Tensor,
     sparse: Sparse | None = None,
 ) -> tuple[Prediction, Tensor]:
-    """`sparse_vocabulary` in PyTorch."""
+    """`sparse_vocabulary` in PyTorch, with planes of float32 [N, V]."""
     sparse = sparse or Sparse()
     p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
     kept = p > sparse.ratio * p.amax(-1, keepdim=True)
@@ -130,10 +129,10 @@ class _Said:
 def vocabulary(
     h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
 ) -> Prediction:
-    """`Ops.vocabulary_rows` of h [N, D] and table [V, D] (both bfloat16), N up to ROWS; temperature [N] or
-    one number, uniforms [N].
+    """`Ops.vocabulary_rows` of h [N, D] and table [V, D], both bfloat16, N up to ROWS.
 
-    A row that holds NaN gets NaN as its entropy and soft embedding and some valid ids; no other row does.
+    The temperature is [N] or one number, uniforms are [N]. A row that holds NaN gets NaN as its entropy
+    and soft embedding and some valid ids; no other row does.
     """
 
     load()
@@ -153,10 +152,9 @@ def sparse_vocabulary(
 ) -> tuple[Prediction, Tensor]:
     """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
 
-    Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. Where
-    missing[n] is 0, and nowhere else, the row was computed in full. The number of such rows is never read by
-    the host: programs of the product whose rows do not exist return at once, and with none the table is not
-    read.
+    Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. A row was
+    computed in full if missing[n] is 0, and only then. The host never reads the number of such rows: programs
+    of the product whose rows do not exist return at once, and with none the table is not read.
     """
     load()
     with torch.cuda.device_of(h):
@@ -186,7 +184,7 @@ def _said(logits: Tensor, softcap: float, temperature: Tensor | float, uniforms:
 
 
 def _probabilities_in_place(said: _Said, dense: Tensor | None = None) -> None:
-    """The plane of logits becomes probabilities, in rows that are `dense` or in all of them."""
+    """The plane [N, V] becomes probabilities, in rows that are `dense` [N] or in all of them."""
     N, V = said.logits.shape
     _probabilities[(N, -(-V // WIDTH))](
         said.logits, said.temperature, said.total, said.total if dense is None else dense, V, said.softcap,
@@ -233,7 +231,7 @@ def _sparse_soft(said: _Said, table: Tensor, sparse: Sparse) -> tuple[Tensor, Te
 
 
 def _runs(N: int, D: int, V: int, device: torch.device) -> int:
-    """Into how many runs of V the product is cut, to fill the GPU once."""
+    """How many runs of V the product is cut into, to fill the GPU once."""
     blocks = -(-N // PRODUCT["BM"]) * -(-D // PRODUCT["BN"])
     return max(1, min(processors(device) // blocks, -(-V // PRODUCT["BK"])))
 
@@ -252,7 +250,7 @@ def _scaled(x, temperature, cap):
 def _statistics(
     logits, temperature, parts, places, N, V, cap, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Of one split of one row: the largest logit and its first place, Σ e and Σ e·(z − top), e = 2^(z − top).
+    """The largest logit of one split of a row, its first place, Σ e and Σ e·(z − top), e = 2^(z − top).
 
     `top` is the largest z so far; when it rises by δ, sums shrink by 2^−δ, and the second also by δ · Σ e.
     """
@@ -288,10 +286,10 @@ def _draw(
     logits, temperature, uniforms, parts, places, ids, values, N, V, splits, cap,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: its splits merged, and the first token whose cumulative mass exceeds uniform · mass.
+    """Merges a row's splits, and draws the first token whose cumulative mass exceeds uniform · mass.
 
-    The split in which it lies follows from the splits' masses, and only that one is read. Where rounding
-    leaves no token, the argmax is drawn; a token of mass 0 never is.
+    Its split follows from the splits' masses, and only that one is read. The argmax is drawn if rounding
+    leaves no token; a token of mass 0 never is.
     """
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
@@ -333,7 +331,7 @@ def _draw(
 def _probabilities(
     logits, temperature, total, dense, V, cap, SOME: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """logits = 2^(z − total) in place, of one split of a row; where SOME, of `dense` rows only."""
+    """One split of a row becomes 2^(z − total) in place; where SOME, of a `dense` row only."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if SOME:  # noqa: SIM102, a condition on the host and one on the device
         if tl.load(dense + row) == 0:
@@ -353,7 +351,7 @@ def _shortlist(
     logits, temperature, top, total, ids, shares, counts, dropped, V, splits, cap, limit, keep,
     WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of one split of a row: its first `keep` tokens with z > top + limit, and the mass of all others."""
+    """The first `keep` tokens with z > top + limit of one split of a row, and the mass of all others."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
     least = tl.load(top + row) + limit

@@ -1,16 +1,16 @@
 """Attention of a canvas over its past and itself, piece by piece: replaces `Ops.attend`, and copies no keys.
 
 Keys and values stay where they are: each piece of them has scores of its own, and the heads of a KV head
-are the rows of one matrix. As in MLX's own attention, scores are of the compute type, the softmax is
-float32, and weights are rounded to the compute type for the product. A past of one piece is weighed
-together with the canvas. Of a longer one, equal pieces are one more axis, some at a time, and are merged in
-float32 by the logarithms of their masses. So no temporary grows with the context: see `slots`.
+are the rows of one matrix. Scores are of the compute type, the softmax is float32, and weights are rounded
+to the compute type for the product, as in MLX's own attention. A past of one piece is weighed together with
+the canvas. A longer one is cut into equal pieces, which are one more axis. Some at a time are weighed, and
+merged in float32 by the logarithms of their masses. So no temporary grows with the context: see `slots`.
 
 The price: the sum over a past's last piece and the canvas is rounded once more than one product would be;
 a merge reads and writes float32 sums [B, H, L, C]; and values of padding must be finite, as a weight of
 zero is all that hides them.
 
-What differs with and without kernels is a `Path`; all else is the same code.
+A `Path` is what differs with and without kernels; all else is the same code.
 
     B rows of a batch  H heads  G KV heads  L queries  P cached slots  N pieces  n slots of a piece
     C head size  R rows of a KV head's matrix: H/G · L
@@ -66,13 +66,14 @@ def attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Ar
 
 
 def attend_plain(ops: MlxArrays, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-    """`attend` without a kernel."""
+    """`attend` of the same arrays without a kernel."""
     if mask.causal:
         return Ops.attend(ops, q, own, past, mask)
     return _attend(ops, q, own, past, mask.pad, Path(0, weighed_plain, merged_plain))
 
 
 def _attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, pad: Array | None, path: Path) -> Array:
+    """`attend` of a canvas, q [B, H, L, C] -> [B, H, L, C]."""
     B, H, L, C = q.shape
     rows = q.reshape(B, own[0].shape[1], 1, -1, C)  # [B, G, 1, R, C]
     size = slots(B * H * L, ops.score_bytes)
@@ -92,16 +93,16 @@ def _attend(ops: MlxArrays, q: Array, own: KV, past: KV | None, pad: Array | Non
 def slots(queries: int, most: int) -> int:
     """Slots of a piece, so that its scores for `queries` (B·H·L) fit `most` bytes, counted as float32.
 
-    These scores are the largest temporary whatever the context: for a canvas of the released model 8 MB in
-    bfloat16 at 1,024 slots, 67 MB at 8,192, and 201 MB where kernels weigh three pieces at once: plain MLX
-    would make a float32 copy of that. A CPU, which has ten operations in flight, holds up to ten such arrays.
+    These scores are the largest temporary, whatever the context. A canvas of the released model has 8 MB in
+    bfloat16 at 1,024 slots, 67 MB at 8,192, and 201 MB where kernels weigh three pieces at once; plain MLX
+    would make a float32 copy of that. A CPU has ten operations in flight, so it holds up to ten such arrays.
     The canvas's scores of itself, B·H·L² of them, are not divided.
     """
     return max(1, min(SLOTS, most // (4 * queries)))
 
 
 def _groups(own: KV, past: KV | None, size: int, at_once: int) -> Iterator[tuple[int, list[KV]]]:
-    """What is weighed together, with its first slot: whole pieces of the past, then its rest and `own`."""
+    """`_pieces` to weigh together, with their first slot: whole ones of the past, then its rest and `own`."""
     alone = _pieces(own, 0, own[0].shape[2], 1)
     if past is None:
         yield 0, [alone]
@@ -115,18 +116,19 @@ def _groups(own: KV, past: KV | None, size: int, at_once: int) -> Iterator[tuple
 
 
 def _pieces(kv: KV, start: int, stop: int, count: int) -> KV:
-    """Slots of keys and values as `count` pieces [B, G, N, n, C]."""
+    """Slots of keys and values [B, G, ·, C] as `count` pieces [B, G, N, n, C]."""
     B, G, _, C = kv[0].shape
     k, v = (x[:, :, start:stop].reshape(B, G, count, -1, C) for x in kv)
     return k, v
 
 
 def _scores(q: Array, pieces: Sequence[KV]) -> list[Array]:
+    """q [B, G, 1, R, C] @ keysᵀ of each: [B, G, N, R, n]."""
     return [q @ k.swapaxes(-1, -2) for k, _ in pieces]
 
 
 def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
-    """Σ weights @ values over what has been weighed together."""
+    """Σ weights [B, G, N, R, n] @ values over what has been weighed together: [B, G, N, R, C]."""
     y = weights[0] @ pieces[0][1]
     for p, (_, v) in zip(weights[1:], pieces[1:], strict=True):
         y = mx.addmm(y, p, v)
@@ -137,17 +139,16 @@ def _sum(weights: Sequence[Array], pieces: Sequence[KV]) -> Array:
 
 
 def weighed(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
-    """Scores of each piece, `softmax` over them, and the sum of values so weighted."""
+    """Scores of q [B, G, 1, R, C] with each piece, `softmax` over them, and the sum of values so weighted."""
     weights, log_mass = softmax(_scores(q, pieces), pad, start)
     return Weighed(_sum(weights, pieces), log_mass)
 
 
 def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[list[Array], Array]:
-    """Softmax over the rows of pieces [B, G, N, R, n], and log Σ exp [B, G, N, R, 1].
+    """Softmax over the rows of scores [B, G, N, R, n], in their type, and log Σ exp [B, G, N, R, 1] float32.
 
-    Of a pair each has N = 1, and their rows are one as if joined. Weights are of the type of scores. Slots
-    before `pad` [B] weigh 0, where the first of the N pieces begins at slot `start`; if nothing is left of a
-    row, so does all of it, and its log is −3e38. One launch.
+    The two of a pair have N = 1, and count as joined. Slots before `pad` [B] weigh 0; the first of the N
+    pieces begins at slot `start`. A row of which nothing is left weighs 0, and its log is −3e38. One launch.
     """
     first, second = scores[0], scores[-1]
     pair = len(scores) == 2
@@ -173,7 +174,7 @@ def softmax(scores: Sequence[Array], pad: Array | None, start: int) -> tuple[lis
 
 
 def weighed_plain(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | None, start: int) -> Weighed:
-    """`weighed` without a kernel."""
+    """`weighed` of the same arrays without a kernel."""
     scores = _scores(q, pieces)
     if not ops.on_gpu:
         return _weighed_on_cpu(ops, _masked(ops, scores, pad, start), pieces)
@@ -182,9 +183,9 @@ def weighed_plain(ops: MlxArrays, q: Array, pieces: Sequence[KV], pad: Array | N
 
 
 def _weighed_on_cpu(ops: MlxArrays, scores: Sequence[Array], pieces: Sequence[KV]) -> Weighed:
-    """A CPU's products would copy the parts of joined weights, so scores are not joined here.
+    """`weighed_plain` of scores [B, G, N, R, n] apart: a CPU's products would copy parts of joined weights.
 
-    Exponentials are what is slow, so there is one for each score, and the mass divides the sum of values.
+    Exponentials are slow, so each score has one, and the mass divides the sum of values.
     """
     top = ops.to_wide(reduce(mx.maximum, [mx.max(s, -1, keepdims=True) for s in scores]))
     weights = [ops.exp(ops.to_wide(s) - top) for s in scores]
@@ -196,7 +197,7 @@ def _weighed_on_cpu(ops: MlxArrays, scores: Sequence[Array], pieces: Sequence[KV
 def softmax_plain(
     ops: MlxArrays, scores: Sequence[Array], pad: Array | None, start: int
 ) -> tuple[list[Array], Array]:
-    """`softmax` without a kernel; a row of which nothing is left has the log of the least number instead.
+    """`softmax` without a kernel; the log of a row of which nothing is left is the least number's instead.
 
     Scores of a pair are joined, so that MLX's fused softmax reads them once: a piece and a canvas at most.
     """
@@ -207,12 +208,12 @@ def softmax_plain(
 
 
 def _masked(ops: MlxArrays, scores: Sequence[Array], pad: Array | None, start: int) -> list[Array]:
-    """`scores`, of which those of slots before `pad` are the least number there is."""
+    """`scores` [B, G, N, R, n]; those of slots before `pad` [B] become the least number there is."""
     first, *rest = scores
     if pad is None:
         return [first, *rest]
     N, n = first.shape[2], first.shape[-1]
-    # Seen by whoever comes next: the last column is that query's own.
+    # One query behind all pieces sees them: the last column is its own.
     mask = visible(ops, 1, N * n + 1, Mask(pad - start))
     assert mask is not None
     mask = mask[..., :-1].reshape(-1, 1, N, 1, n)
@@ -306,7 +307,7 @@ SOFTMAX = Kernel(
 """,
 )
 
-# A thread has a column of a row. Where all weigh nothing their means are 0, and so is what comes of them.
+# A thread has a column of a row. Means of pieces that weigh nothing are 0, and so is what comes of them.
 MERGE = Kernel(
     name="attention_merge",
     inputs=("before", "log_before", "y", "log_mass"),

@@ -1,8 +1,8 @@
-"""What the kernels have in common: a description that is made a Metal kernel at its first launch.
+"""Common to the kernels: a description that is made a Metal kernel at its first launch.
 
 Nothing is constructed at import: `mx.fast.metal_kernel` is asked when a launch is due, so that a machine
-without Metal imports everything, and a simulator can stand in for it. A kernel is made once for each such
-function, because MLX keeps compiled libraries by object.
+without Metal imports everything, and a simulator can stand in for it (tests/metal/simulator). A kernel is
+made once for each such function, because MLX keeps compiled libraries by object.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
 """The experts of a layer by grouped products: replaces `Ops.experts`, in two ways that share plan and sum.
 
-Fused, a layer's experts are four launches: the plan, gate and up with GELU, down, and the weighted sum over
-picks. Rows of x are read through the plan, weights are decoded on their way to threadgroup memory, and
-nothing of 2M columns is ever stored. Row tiles begin at each expert's first row, and eights of rows that
-a tile lacks are skipped. Otherwise MLX multiplies: its products of sorted rows take any format, and on
-GPUs with matrix units of their own (M5) they use them, which no kernel here does.
+The fused way is four launches: the plan, gate and up with GELU, down, and the weighted sum over picks. Rows
+of x are read through the plan, weights are decoded on their way to threadgroup memory, and nothing of 2M
+columns is ever stored. Row tiles begin at each expert's first row, and eights of rows that a tile lacks are
+skipped. The other way is MLX's products of sorted rows. They take any format, and use the matrix units that
+some GPUs have (M5), which no kernel here does.
 
-The sum goes over a token's picks in their order and in float32, so that results repeat. What lies between
-launches is of the type of x, as between the composite's products.
+The sum goes over a token's picks in their order and in float32, so that results repeat. Arrays between
+launches are of the type of x, as between the composite's products.
 
-Which way is faster depends on the GPU; what follows is counted, not measured. Of a simdgroup's instructions
-for 32 columns and 32 inputs of an expert, decoding and loading the weights' fragments are about 200 a tile,
-and every eight rows 264, of which 256 multiply. A canvas of the released model brings an expert 16 rows on
-average, in 2.43 eights and one tile of 32: 843. Tiles of 16 are 1.43, hence 930, and MLX's, which multiply
-all their 16 rows, 16 columns at a time, come to 1,067.
+Which way is faster depends on the GPU; what follows is counted, not measured. A simdgroup needs about 200
+instructions a tile to decode and load the fragments of 32 columns and 32 inputs of an expert. Every eight
+rows need 264, of which 256 multiply. A canvas of the released model brings an expert 16 rows on average, in
+2.43 eights and one tile of 32: 843. Tiles of 16 are 1.43, hence 930. MLX's multiply all their 16 rows, 16
+columns at a time, and come to 1,067.
 
     N tokens  K picks a token  P = N·K rows  E experts  D hidden  M expert size
+    O outputs  I inputs of a stack
 """
 
 from __future__ import annotations
@@ -333,14 +334,17 @@ def combined(y: Array, plan: Plan, weights: Array) -> Array:
 
 
 def _library(ops: Ops, x: Array, plan: Plan, gate_up: Any, down: Any) -> Array:
-    """Sorted rows through MLX's products."""
+    """x [N, D] through the experts by MLX's products, in the order of the plan: [P, D]."""
     h = ops.expert_linear(mx.take(x, plan.tokens, 0), gate_up, plan.rows)
     half = h.shape[-1] // 2
     return ops.expert_linear(geglu(ops, h[:, :half], h[:, half:]), down, plan.rows)
 
 
 def _product(x: Array, plan: Plan, weight: Any, gated: bool, rows: int) -> Array:
-    """The grid is for the worst routing: tiles that it leaves over find no expert and return."""
+    """Planned rows of x [N or P, I] times a stack [E, O, I]: [P, O], or if `gated` gelu(gate) · up [P, O/2].
+
+    The grid is for the worst routing: tiles that it leaves over find no expert and return.
+    """
     E, outputs, inputs = weight.shape
     assert x.shape[1] == inputs and x.size >= 8
     P, columns = len(plan.rows), outputs // 2 if gated else outputs

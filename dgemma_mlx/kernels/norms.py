@@ -1,8 +1,8 @@
 """Norms and what stands next to them, each in one launch: replaces the composites of `Ops` of the same names.
 
-Of `Ops.heads` it is what follows the products. A row is read once and stays in registers: a threadgroup has
-a row of D, a simdgroup a head. Everything inside is float32 and each output is rounded once; of bfloat16,
-MLX's own operations make up to four launches a norm and round between them. The price: D, C and the numbers
+`heads` is what follows the products of `Ops.heads`. A row is read once and stays in registers: a threadgroup
+has a row of D, a simdgroup a head. Everything inside is float32 and each output is rounded once. MLX's own
+operations on bfloat16 make up to four launches a norm and round between them. The price: D, C and the numbers
 of heads are compiled in, so every size is a kernel of its own. The plain twins are the composites.
 
     B rows of a batch  L positions  D hidden  H heads  G KV heads  C head size
@@ -47,7 +47,7 @@ def open_branches(
     router: mx.array,
     eps: float,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """`Ops.open_branches` of h and a [..., D] -> stream, for the MLP, for the experts; routed is float32.
+    """`Ops.open_branches` of h and a [..., D], weights [D]: three in h's type, the router's in float32.
 
     The stream is rounded before it is normed again: all three norms are of what the next layer reads.
     """
@@ -83,8 +83,8 @@ def heads(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """`Ops.heads` of its products y [B, L, ·] -> q [B, H, L, C], k and v [B, G, L, C] in y's type.
 
-    They lie side by side in y, q, k and v in so many `columns`: H·C, G·C and G·C, or only two where V is
-    made of K's. Norms are [C], C even; `rotary` is as `Ops.rotary` makes it.
+    y has q, k and v side by side in so many `columns`: H·C, G·C and G·C, or only two where V is made of
+    K's. Norms are [C], C even; `rotary` is cos and sin [B, 1, L, C/2], as `layers.rotary` makes them.
     """
     B, L, width = y.shape
     C = q_norm.shape[0]
@@ -120,7 +120,7 @@ def _launch(
     dtypes: tuple[mx.Dtype, ...],
     **template: Template,
 ) -> list[mx.array]:
-    """A threadgroup for each row of the first input; outputs have its shape."""
+    """A threadgroup for each row of the first input [..., D]; outputs have its shape."""
     x = inputs[0]
     D = x.shape[-1]
     threads = simd_groups(D, THREADS)
@@ -139,7 +139,7 @@ def _launch(
 
 
 def _absent() -> mx.array:
-    """Stands for an input that a kernel does not read this time."""
+    """An array [1] for an input that a kernel does not read this time."""
     return mx.array([0.0])
 
 

@@ -7,7 +7,7 @@ equal.
 
 `plan` replaces two argsorts by a counting sort. Every expert has a threadgroup of its own, which counts all
 picks again and so needs no word from the others; a simdgroup walks a run of picks in their order, which is
-what keeps the sort stable. The price is that the ids are read 2E times: at E = 128 a canvas's 2,048 picks
+what keeps the sort stable. The price is that the ids are read 2E times: a canvas's 2,048 picks at E = 128
 are 2 MB from the cache, in 16 rounds of each simdgroup, and eight canvases 17 MB in 128. One threadgroup
 for all would leave every core but one idle, and its table of counts by expert and simdgroup would take all
 of its memory at E = 256.
@@ -173,7 +173,7 @@ def route(logits: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
 
 
 def route_plain(logits: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
-    """What `route` computes, in MLX: `Ops.router` behind its product."""
+    """`route` of the same arrays in MLX: `Ops.router` behind its product."""
     p = mx.softmax(logits, -1, precise=True)
     ids = mx.argsort(-p, -1)[:, :k].astype(mx.int32)
     weights = mx.take_along_axis(p, ids, -1)
@@ -196,7 +196,7 @@ def plan(ids: Array, experts: int) -> Plan:
 
 
 def plan_plain(ids: Array, experts: int) -> Plan:
-    """What `plan` computes, in MLX."""
+    """`plan` of ids [N, K] in MLX."""
     flat = ids.reshape(-1)
     order = mx.argsort(flat).astype(mx.int32)
     inverse = mx.argsort(order).astype(mx.int32)

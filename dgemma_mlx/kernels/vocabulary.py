@@ -1,22 +1,22 @@
 """What the vocabulary says of each position, in one pass over the table: replaces `Ops.vocabulary_rows`.
 
 The definition keeps a float32 plane [N, V], since a probability needs the largest logit of all. Here z is
-taken relative to the largest so far, as flash attention does: a tile of the table is read for its logits
-and at once for its share of the soft embedding, and earlier sums fade where a tile holds a larger logit.
-All that stays of a tile is the mass of each run of 32 tokens, V/32 numbers a row. They say in which run
-the sample lies, and the logits of those 32 tokens are computed again.
+relative to the largest so far, as in flash attention. One reading of a tile of the table gives its logits
+and its share of the soft embedding, and earlier sums fade where a tile holds a larger logit. A tile leaves
+only the mass of each run of 32 tokens, V/32 numbers a row. They say in which run the sample lies, and the
+logits of those 32 tokens are computed again.
 
 The price: the float32 sums [N, D] are read and written once a tile, 32 rows of the table are gathered for
 each row of h, and a logit computed again may be rounded the other way. So the first logits alone decide
 which run it is, and the second only how its mass is divided.
 
-`sparse_vocabulary` first reads the table for logits only. Where the runs of the most mass will do, their rows
-of the table are gathered and summed; for the rest of the rows the table is read a second time, logits and
-all. The price: the host learns which rows those are, so it cannot be compiled, and where many rows are dense
-it costs more than it saves.
+`sparse_vocabulary` first reads the table for logits only. A row for which the runs of the most mass will do
+gathers and sums their rows of the table. The rest of the rows read the table a second time, logits and all.
+The price: the host learns which rows those are, so it cannot be compiled, and it costs more than it saves
+where many rows are dense.
 
-What a row's tile becomes is `tile`, a kernel, or `tile_plain`; all else is the same code. A row that holds
-NaN gets NaN as its entropy and soft embedding and some valid ids; no other row does.
+`tile`, a kernel, or `tile_plain` works up a tile's logits; all else is the same code. A row that holds NaN
+gets NaN as its entropy and soft embedding and some valid ids; no other row does.
 
     N tokens  D hidden  V vocabulary  W tokens of a tile  T tiles  R runs of a tile
 """
@@ -44,10 +44,10 @@ GATHERED = 256 * RUN  # rows of the table gathered at once: as many as the sampl
 
 @dataclass(frozen=True)
 class Scale:
-    """z = unit · t of what the head gives, where t = tanh(logit / softcap) and unit = softcap / temperature.
+    """z = unit · t of a logit of the head, where t = tanh(logit / softcap) and unit = softcap / temperature.
 
-    t is what is compared, and unit · (t − top) what is summed. That is 0 for the largest, which z − top need
-    not be where a compiler fuses product and difference. So no entropy is negative.
+    Comparisons are of t, and sums of unit · (t − top). That is 0 for the largest t, which z − top need not be
+    where a compiler fuses product and difference. So no entropy is negative.
     """
 
     ops: MlxArrays
@@ -55,11 +55,11 @@ class Scale:
     unit: Array  # float32 [N]
 
     def bend(self, raw: Array) -> Array:
-        """t of logits, float32: the softcap in units of it."""
+        """t of logits [N, …], float32: what the softcap leaves, in units of it."""
         return soft_cap(self.ops, self.ops.to_wide(raw) / self.softcap, 1.0)
 
     def below(self, t: Array, top: Array) -> Array:
-        """How far z is below the largest, of t [N, …]: 0 or less."""
+        """How far z is below its largest, from t and `top` [N, …], float32: 0 or less."""
         return self.unit.reshape(-1, *[1] * (t.ndim - 1)) * (t - top)
 
     def rows(self, ids: Array | slice) -> Scale:
@@ -68,7 +68,7 @@ class Scale:
 
 
 def scale_of(ops: MlxArrays, softcap: float, temperature: Array | float, rows: int) -> Scale:
-    """The scale of so many rows, each at its temperature [N], or all at one."""
+    """The scale of so many rows, at a temperature [N] each or all at one."""
     unit = softcap / temperature
     return Scale(
         ops, softcap, mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
@@ -77,7 +77,7 @@ def scale_of(ops: MlxArrays, softcap: float, temperature: Array | float, rows: i
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """What is known of the tokens so far, each [N, 1]; with d as `Scale.below` gives it, and e = exp(d)."""
+    """What is known of the tokens so far, each [N, 1]; d is what `Scale.below` gives, and e = exp(d)."""
 
     top: Array  # float32: the largest t
     mass: Array  # float32: Σ e
@@ -86,6 +86,7 @@ class Running:
 
     @classmethod
     def start(cls, rows: int) -> Running:
+        """Before the first tile."""
         zero = mx.zeros((rows, 1))
         return cls(mx.full((rows, 1), NOTHING), zero, zero, mx.zeros((rows, 1), mx.int32))
 
@@ -95,7 +96,7 @@ class Tile:
     """A tile's logits, worked up; `top` is the largest t up to and with this tile."""
 
     running: Running
-    fade: Array  # [N, 1] float32: by which earlier sums shrink, as `top` rose
+    fade: Array  # [N, 1] float32: what earlier sums shrink by, as `top` rose
     p: Array  # [N, W]: e
     masses: Array  # [N, 1 + R] float32: `top`, then Σ e of each run
 
@@ -135,7 +136,7 @@ def sparse_vocabulary(
     """As `vocabulary`, with rows of `soft` that leave out up to `bound` of the probability.
 
     Such a row is made of the `ops.soft_tokens` / 32 runs that have the most mass. The host reads which rows
-    those are, and the others alone are multiplied with the table, for which their logits are made again.
+    those are. Only the others make their logits again and are multiplied with the table.
     """
     scale = scale_of(ops, softcap, temperature, len(h))
     running, masses, _ = _read(ops, h, table, scale, step, product=False)
@@ -160,9 +161,9 @@ def sparse_vocabulary(
 def _read(
     ops: MlxArrays, h: Array, table: Array | Quantized, scale: Scale, step: Step, product: bool = True
 ) -> tuple[Running, Array, Array]:
-    """The table, tile by tile: what is known of all its tokens, masses [N, T, 1 + R], soft embedding [N, D].
+    """Read the table for h [N, D]: what is known in the end, masses [N, T, 1 + R], soft embedding [N, D].
 
-    Without the `product` the last is zero.
+    The last is zero without the `product`.
     """
     V, width = table.shape[0], min(ops.vocab_tile, table.shape[0])
     # Factors of the table's rows go into p before it is rounded.
@@ -190,7 +191,7 @@ def _said(
     running: Running,
     masses: Array,
 ) -> tuple[Array, Array, Array]:
-    """Argmax, sample and entropy [N]."""
+    """Argmax and sample [N] int32, entropy [N] float32."""
     V, width = table.shape[0], min(ops.vocab_tile, table.shape[0])
     run, rest = _run(scale, running.top, masses, uniforms)
     ids = _tokens(run, width, V)
@@ -208,7 +209,7 @@ def vocabulary_plain(
     temperature: Array | float,
     uniforms: Array,
 ) -> Prediction:
-    """`vocabulary` without a kernel."""
+    """`vocabulary` of the same arrays without a kernel."""
     return vocabulary(ops, h, table, softcap, temperature, uniforms, tile_plain)
 
 
@@ -216,10 +217,10 @@ def vocabulary_plain(
 
 
 def _run(scale: Scale, top: Array, masses: Array, uniforms: Array) -> tuple[Array, Array]:
-    """The run in which the sample lies, [N, 1] int32, and which part of its mass the sample is to exceed.
+    """The run that holds the sample, [N, 1] int32, and the part [N, 1] of its mass that it is to exceed.
 
-    `masses` [N, T, 1 + R] as in `Tile`, `top` of all. Where there is no such run the part is no part: 1 or
-    more, or NaN.
+    `masses` [N, T, 1 + R] are those of each `Tile`, `top` [N, 1] is of all. The part is 1 or more, or NaN,
+    where there is no such run.
     """
     share = _shares(scale, top, masses)
     below = mx.cumsum(share, -1, inclusive=False)
@@ -245,9 +246,9 @@ def _tokens(runs: Array, width: int, V: int) -> Array:
 
 
 def _draw(ids: Array, e: Array, rest: Array, argmax: Array) -> Array:
-    """The first token [N] of `ids` [N, 32] at which the mass e so far exceeds the part `rest` of theirs.
+    """The first token [N] of `ids` [N, 32] whose mass e so far exceeds the part `rest` [N, 1] of theirs.
 
-    Where there is none, the argmax; a token without mass is never drawn.
+    The argmax [N, 1] stands in where there is none; a token without mass is never drawn.
     """
     reach = mx.cumsum(e, -1)
     beyond = (reach > rest * reach[:, -1:]) & (e > 0)
@@ -261,23 +262,23 @@ def _first(found: Array) -> Array:
 
 
 def _rows(ops: MlxArrays, table: Array | Quantized, ids: Array) -> Array:
-    """Rows [N, n, D] of the table in the compute type; the last one for a token behind it."""
+    """Rows [N, n, D] of the table for ids [N, n], in the compute type; a token V gets the last one."""
     ids = mx.minimum(ids, table.shape[0] - 1)
     return _dequantized(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
 
 
 def _candidates(h: Array, rows: Array) -> Array:
-    """What the head gives for the tokens of `rows` [N, n, D] of each row of h: [N, n] in the compute type."""
+    """Logits [N, n] of h [N, D] for the tokens of `rows` [N, n, D], uncapped, in the compute type."""
     return (rows @ h[..., None])[..., 0]
 
 
 def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
-    """e [N, n] of logits of tokens `ids`, 0 for tokens that do not exist."""
+    """e [N, n] float32 of uncapped logits of tokens `ids` [N, n]; 0 for tokens that do not exist."""
     return mx.where(ids < V, scale.ops.exp(scale.below(scale.bend(raw), top)), 0.0)
 
 
 def _dequantized(ops: MlxArrays, record: Quantized) -> Array:
-    """As `Ops.dense`, whose int32 and float32 planes would be the largest arrays here."""
+    """As `dense` of a record [..., D], whose int32 and float32 planes would be the largest arrays here."""
     y = ops.decoded(record, ops.dtype)
     if record.factor is None:
         return y
@@ -289,11 +290,11 @@ def _dequantized(ops: MlxArrays, record: Quantized) -> Array:
 
 
 def _best(scale: Scale, top: Array, masses: Array, count: int) -> tuple[Array, Array]:
-    """The `count` runs [N, count] of the most mass, and which part [N] of all mass the others have."""
+    """The `count` runs [N, count] int32 of the most mass, and the part [N] of all mass that others have."""
     share = _shares(scale, top, masses)
     count = min(count, share.shape[1])
     runs = mx.argpartition(-share, count - 1, axis=-1)[:, :count].astype(mx.int32)
-    # Not 1 less what is kept: that would be a rounding of 1.
+    # Summed, as 1 less what is kept would be a rounding of 1.
     others = mx.sum(mx.put_along_axis(share, runs, mx.array(0.0), -1), -1)
     return runs, others / mx.sum(share, -1)
 
@@ -317,7 +318,7 @@ def _gathered(
 
 
 def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtype: mx.Dtype) -> Tile:
-    """`tile` without a kernel."""
+    """`tile` of the same arrays without a kernel."""
     t = scale.bend(raw)
     peak = mx.max(t, -1, keepdims=True)
     place = mx.argmax(t, -1, keepdims=True).astype(mx.int32) + first
@@ -339,7 +340,7 @@ def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int
 def _by_run(e: Array, runs: int) -> Array:
     """Sums [N, R] over runs of e [N, W]."""
     short = runs * RUN - e.shape[1]
-    e = mx.pad(e, [(0, 0), (0, short)]) if short else e  # with nothing to add it would copy
+    e = mx.pad(e, [(0, 0), (0, short)]) if short else e  # it would copy even with nothing to add
     return mx.sum(e.reshape(len(e), runs, RUN), -1)
 
 
@@ -373,9 +374,9 @@ def _scalar(x: float) -> Array:
 
 
 # A row is read twice, for its largest t and for what is relative to that: p cannot be written before the
-# largest is known, and a tile of 16,384 tokens is too much for registers and would fill threadgroup memory.
-# The second reading finds the row, 32 KB of bfloat16, in a cache. tanh is computed twice rather than the raw
-# logits compared, so that no e exceeds 1 whatever tanh rounds to, and ties are those of the definition.
+# largest is known, and a tile of 49,152 tokens fits neither registers nor threadgroup memory. The second
+# reading finds the row, 98 KB of bfloat16, in a cache. tanh is computed twice, and raw logits never compared,
+# so that no e exceeds 1 whatever tanh rounds to, and ties are those of the definition.
 TILE = Kernel(
     name="vocabulary_tile",
     inputs=(

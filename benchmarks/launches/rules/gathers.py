@@ -11,7 +11,7 @@ from benchmarks.launches.walk import Walk, rule
 
 @rule("Gather", "GatherAxis")
 def _gather(walk: Walk, node: Node, inputs: list[ArrayView]) -> list[ArrayView]:
-    """Reads as much as it writes, and its indices."""
+    """A gather reads as much as it writes, and its indices."""
     made = walk.outputs(node)
     rows = ArrayView(made[0].layout, inputs[0].itemsize, Buffer("rows"))
     walk.count.launch("gather", [rows, *inputs[1:]], made)
