@@ -156,7 +156,9 @@ Progress = Callable[[str], None]
 
 def check_all(device: str | None = None, progress: Progress = lambda what: None) -> dict[str, Any]:
     """The whole report at the released sizes, ready for JSON (`dgemma.reports.selftest`)."""
-    return run(make(device=device), read_config(load_json(RELEASED_DIR / "config.json")), progress=progress)
+    # Named, so that a machine without a GPU is told so once, by the report.
+    ops = make(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return run(ops, read_config(load_json(RELEASED_DIR / "config.json")), progress=progress)
 
 
 def run(

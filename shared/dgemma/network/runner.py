@@ -232,7 +232,7 @@ class Runner:
         ops, uniforms = self.ops, np.asarray(uniforms)
         inputs = *self._inputs(context, canvas), context.cache.read()
         # One temperature for each position, so that backends need not know its row.
-        heat = np.broadcast_to(np.reshape(temperature, (-1, 1)), uniforms.shape)
+        heat = np.zeros(uniforms.shape) + np.reshape(temperature, (-1, 1))
         draw = ops.aswide(heat), ops.aswide(uniforms)
         predict = self._sparse if soft_bound else self._dense
         host, new = predict(context.ragged, inputs, draw, self._signal(soft), soft_bound)
