@@ -142,9 +142,9 @@ def report(capability: int) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_every_configuration_fits_every_architecture(tmp_path: Path) -> None:
+def test_every_configuration_fits_every_architecture() -> None:
+    """Triton's own cache keeps what has not changed since the last run, by source, options and target."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
