@@ -35,6 +35,8 @@ class CudaOps(Ops):
     """The compute type is `dtype`, the wide one float32. Integers from the host are int64."""
 
     name = "cuda"
+    # Rows of the kernels' plane of logits, which is bfloat16: twice those of the definition's float32 one.
+    kernel_rows = vocabulary.ROWS
 
     def __init__(
         self,
@@ -49,7 +51,6 @@ class CudaOps(Ops):
         self.device, self.dtype = torch.device(device), dtype
         self.dtype_name = str(dtype).removeprefix("torch.")
         self._kernels = kernels
-        self.vocab_rows = vocabulary.ROWS if self.device.type == "cuda" else self.vocab_rows
         self.cache_type = BucketCache if self.device.type == "cuda" else None
         self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too
         self.activations = "nvfp4" if w4a4 else None
@@ -268,6 +269,13 @@ class CudaOps(Ops):
             return attention.attend(q, own, past, mask)
         return super().attend(q, own, past, mask)
 
+    def rows_at_once(self, table: Array) -> int:
+        return self.kernel_rows if self._has_kernel(table) else self.vocab_rows
+
+    def _has_kernel(self, table: Array) -> bool:
+        """Whether the vocabulary's kernel runs: it reads no record."""
+        return self.kernels and isinstance(table, torch.Tensor)
+
     def vocabulary_rows(
         self,
         h: Array,
@@ -277,7 +285,7 @@ class CudaOps(Ops):
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
-        if not self.kernels or not isinstance(table, torch.Tensor):
+        if not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)

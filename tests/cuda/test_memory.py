@@ -205,7 +205,7 @@ def test_the_plane_of_logits_in_blocks(ops: CudaOps) -> None:
     whole = step_bytes(ops, weights, context)
     plane = 2 * CONFIG.canvas_length * CONFIG.vocab_size
     assert plane < whole < plane + 50e6
-    ops.vocab_rows = CONFIG.canvas_length // 2
+    ops.kernel_rows = CONFIG.canvas_length // 2
     halves = step_bytes(ops, weights, context)
     assert 0.9 * plane / 2 < whole - halves <= plane / 2
     assert 2 * weights.embed.nbytes > 2.9e9  # head and soft embedding read the table once more each

@@ -138,7 +138,7 @@ def test_rows_in_blocks(device: torch.device) -> None:
     ]
     ops = CudaOps(device, torch.bfloat16, kernels=True)
     for rows in (3, 7, 512):
-        ops.vocab_rows = rows
+        ops.kernel_rows = rows
         at = torch.tensor(heat, dtype=torch.float32, device=device)
         parts = on_host(ops.vocabulary(case.h, case.table, SOFTCAP, at, case.uniforms))
         for name in NAMES:

@@ -229,3 +229,13 @@ def test_memory_mlx(rows: int):
     said = ops.vocabulary(*arrays[:2], SOFTCAP, TEMPERATURE, arrays[2])
     mx.eval(said.argmax, said.sample, said.entropy, said.soft)
     assert mx.get_peak_memory() - before <= 0.8 * rows * V * 4
+
+
+def test_a_gpu_without_our_kernels_has_the_plane_that_info_counts() -> None:
+    """Only the kernels' bfloat16 plane has more rows, and only for a table that they read."""
+    torch = pytest.importorskip("torch")
+    from dgemma_cuda.ops import CudaOps
+
+    plain, ours, table = CudaOps(kernels=False), CudaOps(kernels=True), torch.zeros(4, 4)
+    assert plain.rows_at_once(table) == ours.rows_at_once("a record") == Ops.vocab_rows
+    assert ours.rows_at_once(table) == CudaOps.kernel_rows == 2 * Ops.vocab_rows

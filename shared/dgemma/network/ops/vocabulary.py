@@ -45,6 +45,10 @@ class Vocabulary(Layers):
         """
         return self.to_compute(p) @ dense(self, table)
 
+    def rows_at_once(self, table: Array) -> int:
+        """Rows of a block of `vocabulary` against this table, whose logits share one plane."""
+        return self.vocab_rows
+
     def vocabulary(
         self,
         h: Array,
@@ -69,8 +73,9 @@ class Vocabulary(Layers):
         """
         heat: Array = temperature if getattr(temperature, "ndim", 0) else uniforms * 0.0 + temperature
         parts: list[Prediction] = []
-        for a in range(0, h.shape[0], self.vocab_rows):
-            rows = slice(a, a + self.vocab_rows)
+        step = self.rows_at_once(table)
+        for a in range(0, h.shape[0], step):
+            rows = slice(a, a + step)
             x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
             parts.append(self.vocabulary_rows(x, table, softcap, heat[rows], uniforms[rows], soft_bound))
         if len(parts) == 1:
@@ -87,7 +92,7 @@ class Vocabulary(Layers):
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
-        """`vocabulary` of at most `vocab_rows` rows h [N, D]; temperature and uniforms [N] wide.
+        """`vocabulary` of at most `rows_at_once` rows h [N, D]; temperature and uniforms [N] wide.
 
         Backends override this method, not `vocabulary`.
         """
