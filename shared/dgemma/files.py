@@ -80,3 +80,11 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a JSON object")
     return data
+
+
+def exists(path: Path) -> bool:
+    return path.exists()
+
+
+def read_text(path: Path, most: int = 1 << 26) -> str:
+    return path.read_text(encoding="utf-8-sig")

@@ -43,6 +43,8 @@ def generate(
     system: str | None,
     tools: IO[str] | None,
     thinking: bool,
+    continue_final_message: bool,
+    control_tokens: bool,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -62,13 +64,28 @@ def generate(
     dgemma generate --prompt 'Reverse "canvas".'
     dgemma generate --model google/diffusiongemma-26B-A4B-it --stats < question.txt
     """
-    conversations, functions = read_request(prompts, messages, system, tools)
+    request = read_request(prompts, messages, system, tools)
+    if request.ignored:
+        click.echo(f"dgemma: not used of the request: {', '.join(request.ignored)}", err=True)
+    own = settings | {"seed": seed}
+    settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
+    seed = settings.pop("seed")
     console = stderr_console()
     with progress_bar(console, "loading weights") as progress:
         loaded = _load(model, backend, dtype, device, progress, activations, TerminalNotices(console))
-    events = loaded.generate(conversations, tools=functions, thinking=thinking, seed=seed, **settings)
+    events = loaded.generate(
+        request.conversations,
+        tools=request.tools,
+        thinking=thinking,
+        seed=seed,
+        continue_final_message=continue_final_message,
+        control_tokens=control_tokens,
+        **settings,
+    )
     sampler = loaded.generation.override(**settings)
-    replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
+    replies = _watch(
+        loaded, sampler, events, len(request.conversations), _is_live(live, as_json, console), console
+    )
     for reply in replies:
         if as_json:
             click.echo(json.dumps(_record(reply, loaded, model), ensure_ascii=False))

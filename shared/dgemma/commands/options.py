@@ -56,7 +56,8 @@ prompt_options = _options(
         "--messages",
         type=_JSON_FILE,
         metavar="FILE",
-        help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}. "-" is stdin.',
+        help='A conversation in JSON: a list of messages, or an object with "messages" and "tools", such as '
+        'a request for OpenAI\'s chat API. "-" is stdin.',
     ),
     click.option("--system", metavar="TEXT", help="A system message to begin with."),
     click.option(
@@ -66,6 +67,18 @@ prompt_options = _options(
         "--thinking/--no-thinking",
         default=False,
         help="Think before answering; thoughts go to stderr.  [default: off]",
+    ),
+    click.option(
+        "--continue",
+        "continue_final_message",
+        is_flag=True,
+        help="Go on with the last message of the conversation, which is the beginning of the answer.",
+    ),
+    click.option(
+        "--control-tokens/--no-control-tokens",
+        default=False,
+        help="Let control tokens count that a message spells, such as <turn|>. They are plain text otherwise: "
+        "no text can end its turn or forge another.  [default: off]",
     ),
 )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from dgemma.engine.sampler import Step
 from dgemma.errors import PromptError
 from dgemma.network.runner import Context, Runner
 from dgemma.settings import GenerationConfig
+from dgemma.text.messages import is_conversation
 from dgemma.text.tokenizer import Tokenizer
 
 
@@ -60,12 +61,27 @@ def generate(
     thinking: bool = False,
     seed: int | None = None,
     row_ids: Sequence[int] | None = None,
+    continue_final_message: bool = False,
+    control_tokens: bool = False,
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
     `tokenizer` may be None: prompts are token ids then, and replies have no text.
     """
-    prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
+
+    def encode(messages: Any) -> list[int]:
+        if tokenizer is None:
+            raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
+        return tokenizer.encode_chat(
+            messages,
+            tools,
+            thinking,
+            not continue_final_message,
+            continue_final_message=continue_final_message,
+            control_tokens=control_tokens,
+        )
+
+    prompts = _prompts(runner, prompt, encode)
     ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
@@ -80,26 +96,15 @@ def generate(
     return _Run(runner, tokenizer, config, rows, seed).events()
 
 
-def _prompts(
-    runner: Runner,
-    tokenizer: Tokenizer | None,
-    prompt: Sequence[Any],
-    tools: Sequence[dict[str, Any]] | None,
-    thinking: bool,
-) -> list[list[int]]:
+def _prompts(runner: Runner, prompt: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
     """Token ids of each row, from any form of prompt."""
     if not isinstance(prompt, list | tuple | np.ndarray) or not len(prompt):
         raise PromptError("a prompt is a list of messages, a list of token ids, or a list of either")
     many = prompt if isinstance(prompt[0], list | tuple | np.ndarray) else [prompt]
-    rows = []
-    for one in many:
-        if isinstance(one, list | tuple) and one and isinstance(one[0], dict):
-            if tokenizer is None:
-                raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
-            rows.append(tokenizer.encode_chat(one, tools, thinking))
-        else:
-            rows.append([int(token) for token in runner.check_tokens(one)])
-    return rows
+    return [
+        encode(one) if is_conversation(one) else [int(token) for token in runner.check_tokens(one)]
+        for one in many
+    ]
 
 
 class _Run:
