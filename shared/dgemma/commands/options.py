@@ -77,7 +77,7 @@ prompt_options = _options(
     click.option(
         "--control-tokens/--no-control-tokens",
         default=False,
-        help="Let control tokens count that a message spells, such as <turn|>. They are plain text otherwise: "
+        help="Let control tokens that a message spells count, such as <turn|>. They are text otherwise: "
         "no text can end its turn or forge another.  [default: off]",
     ),
 )

@@ -7,7 +7,7 @@ null, arguments of a call as an object. What cannot be said to the model is an e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import isfinite
 from typing import Any
@@ -83,8 +83,9 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
             raise PromptError(f"{where}: {value} is no number in JSON")
         return float(value)
     if isinstance(value, Mapping):
-        if odd := next((key for key in value if not isinstance(key, str)), None):
-            raise PromptError(f"{where}: a key must be text, not {type(odd).__name__}")
+        for key in value:
+            if not isinstance(key, str):
+                raise PromptError(f"{where}: a key must be text, not {type(key).__name__}")
         return {_text(key, where): plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, where, depth + 1) for item in value]
@@ -212,6 +213,15 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {change(key): map_texts(item, change) for key, item in value.items()}
     return [map_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Each string of plain JSON values, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from texts(item)
 
 
 def is_conversation(prompt: Any) -> bool:

@@ -100,7 +100,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _tick(self) -> None:
         self._ticks += 1
-        if not self._ticks % 64:  # the clock costs more than a turn
+        if not self._ticks % 16:  # the clock costs more than a turn
             self._look()
 
     def _look(self) -> None:

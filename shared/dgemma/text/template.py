@@ -16,7 +16,15 @@ import jinja2
 from jinja2 import meta, nodes
 
 from dgemma.errors import CheckpointError, PromptError
-from dgemma.text.messages import MODEL_ROLES, Message, last_is_answer, map_texts, read_messages, read_tools
+from dgemma.text.messages import (
+    MODEL_ROLES,
+    Message,
+    last_is_answer,
+    map_texts,
+    read_messages,
+    read_tools,
+    texts,
+)
 from dgemma.text.sandbox import Sandbox, Stopped
 
 MOST_SOURCE = 1 << 20  # characters; the released template has 17,000
@@ -100,9 +108,11 @@ class ChatTemplate:
         if (marked_chat, marked_functions) == (chat, functions):
             return Prompt(plain, {})
         marked = Prompt(text(marked_chat, marked_functions), marks)
-        # A template may look at the characters themselves: where no token is forged, it is given them bare.
-        found = pattern(control).findall
-        if marked.plain() != plain and found(marked.text) == found(plain):
+        # A template may look at the characters themselves, to sort by them or to escape them. It is given
+        # them bare where nothing is spelled.
+        find = pattern(control)
+        spelled = any(find.search(text) for text in texts([chat, functions]))
+        if marked.plain() != plain and not spelled and find.findall(marked.text) == find.findall(plain):
             return Prompt(plain, {})
         return marked
 
@@ -129,8 +139,8 @@ class ChatTemplate:
 
     def _continued(self, messages: Any, tools: Any, thinking: bool) -> str:
         """The prompt up to the end of the last message's text."""
-        texts = json.dumps(messages, ensure_ascii=False)
-        sign = next(chr(code) for code in reversed(_PRIVATE) if chr(code) not in texts)
+        known = json.dumps(messages, ensure_ascii=False)
+        sign = next(chr(code) for code in reversed(_PRIVATE) if chr(code) not in known)
         *before, last = messages
         content = last["content"]
         if isinstance(content, str):
