@@ -1,9 +1,11 @@
-"""JSON files of a checkpoint. Errors name the file and the key."""
+"""Text and JSON files of a checkpoint. Errors name the file and the key."""
 
 from __future__ import annotations
 
 import json
+import os
 import reprlib
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ Progress = Callable[[int, int], None]  # done and total, in bytes or tokens
 
 # No size of a model comes near it. Arithmetic on larger integers of a broken file would overflow.
 MAX_SIZE = 2**31 - 1
+TEXT_BYTES = (
+    1 << 26
+)  # of a file of text; the largest of a released checkpoint, but for its tokenizer, has 4 MB
+
+_POINTER = "version https://git-lfs.github.com/spec/"
 
 
 class Reader:
@@ -69,13 +76,57 @@ class Reader:
         return Reader(self.get(key, Mapping), f"{self.where}: {key}")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file of this name. ConfigError for a link that leads nowhere: it is no absence."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise ConfigError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
+        return False
+    except NotADirectoryError:
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
+    return True
+
+
+def read_text(path: Path, most: int = TEXT_BYTES) -> str:
+    """The text of a file in UTF-8, of `most` bytes; ConfigError in one line for anything else.
+
+    A byte order mark is left out. Only a regular file is opened: a pipe would wait for ever.
+    """
+    if not exists(path):
+        raise ConfigError(f"{path}: no such file")
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path}: not a regular file")
+        if status.st_size > most:
+            raise ConfigError(f"{path}: {status.st_size:,} bytes are too many for this file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
+    if text.startswith(_POINTER):
+        raise ConfigError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    return text
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why the system refuses, without the name of the file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
 def load_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; ConfigError in one line if there is none."""
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        data = json.loads(text)
+    except (RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a JSON object")
