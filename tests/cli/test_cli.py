@@ -183,6 +183,31 @@ def test_messages_come_from_a_file_or_stdin(model: Path, tmp_path: Path) -> None
     assert full["prompt_tokens"] == counts[2]
 
 
+def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
+    """Its tokens and seed count, what changes nothing here is named on stderr."""
+    asked = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}], "model": "m", "stream": True}
+    data = asked | {"max_tokens": 3, "seed": 5, "n": 1, "stop": None, "response_format": {"type": "text"}}
+    args = ("generate", "--model", str(model), "--backend", "numpy", "--json", "--messages", "-")
+    result = call(*args, stdin=json.dumps(data))
+    reply = json.loads(result.stdout)
+    assert (reply["tokens"], reply["seed"]) == (3, 5)
+    assert "not used of the request: model, stream" in result.stderr
+    options = call(*args, "--max-tokens", "4", "--seed", "6", stdin=json.dumps(data))
+    reply = json.loads(options.stdout)
+    assert (reply["tokens"], reply["seed"]) == (4, 6)
+
+
+def test_an_answer_is_continued(model: Path) -> None:
+    data = [{"role": "user", "content": 'Reverse "canvas".'}, {"role": "assistant", "content": "sav"}]
+    args = ("generate", "--model", str(model), "--backend", "numpy", "--seed", "0", "--messages", "-")
+    counts = []
+    for more in ((), ("--continue",)):
+        result = call(*args, "--json", *more, stdin=json.dumps(data))
+        counts.append(json.loads(result.stdout)["prompt_tokens"])
+    assert counts[1] < counts[0]  # without the end of that turn and the beginning of another
+    assert_one_line(call(*args, "--continue", stdin=json.dumps(data[:1])), 1, "can be continued")
+
+
 def test_thinking_changes_the_prompt(model: Path) -> None:
     args = ["generate", "--model", model, *SHORT, "--json", "--prompt", "Hi"]
     plain, thinking = (
@@ -313,16 +338,21 @@ def test_unknown_command() -> None:
     assert_one_line(call("generat"), 2, "No such command 'generat'")
 
 
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}]}
 MESSAGES = {
     "not JSON": ("[{", "not readable as JSON"),
     "deep": ("[" * 100_000, "not readable as JSON"),
     "a string": ('"hi"', "messages must be a non-empty list"),
     "empty": ([], "messages must be a non-empty list"),
-    "no messages": ({"tools": []}, "messages must be a non-empty list"),
-    "unknown key": ({"messages": [], "temperature": 1}, "unknown key 'temperature'"),
+    "no messages": ({"tools": []}, "has no 'messages'"),
+    "messages of no kind": ({"messages": [], "temperature": 1}, "messages must be a non-empty list"),
+    "another form of answer": (ASKED | {"response_format": {"type": "json_object"}}, "'response_format'"),
+    "several answers": (ASKED | {"n": 2}, "'n' 2 is not supported"),
+    "no number": ('[{"role": "user", "content": "a", "x": NaN}]', "NaN is no number"),
+    "a picture": ([{"role": "user", "content": [{"type": "image_url"}]}], "part 0 is of type"),
     "no role": ([{"content": "hi"}], "message 0: expected an object with a 'role'"),
     "wrong role": ([{"role": "wizard", "content": "hi"}], "message 0: unknown role 'wizard'; known: system"),
-    "wrong content": ([{"role": "user", "content": 5}], "message 0: 'content' must be"),
+    "wrong content": ([{"role": "user", "content": 5}], "message 0: content must be text"),
     "tools no list": ({"messages": [{"role": "user", "content": "hi"}], "tools": {}}, "tools must be a list"),
     "tool no function": ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tool 0 must have"),
 }
