@@ -44,6 +44,8 @@ def _stdin() -> str:
         text = sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not text: {error}") from None
+    except OSError as error:
+        raise PromptError(f"stdin is not readable: {error.strerror or error}") from None
     if not text.strip():
         raise PromptError("stdin is empty; give --prompt or --messages, or pipe a text in")
     return text

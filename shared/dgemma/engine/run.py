@@ -22,7 +22,7 @@ from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.sampler import Step
 from dgemma.errors import PromptError
 from dgemma.network.runner import Context, Runner
-from dgemma.settings import GenerationConfig
+from dgemma.settings import GenerationConfig, number
 from dgemma.text.tokenizer import Tokenizer
 
 
@@ -66,10 +66,11 @@ def generate(
     `tokenizer` may be None: prompts are token ids then, and replies have no text.
     """
     prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
-    ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
+    given = [] if row_ids is None else [number("row_ids", id) for id in row_ids]
+    ids = sampler.row_ids(prompts) if row_ids is None else given
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = secrets.randbits(63) if seed is None else number("seed", seed)
     rows = [_Row(index, id, list(ids)) for index, (id, ids) in enumerate(zip(ids, prompts, strict=True))]
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     if longest > runner.config.max_positions:
