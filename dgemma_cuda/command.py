@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from dgemma.backends import ACTIVATIONS, DTYPES, make_ops
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP, Number, Whole
+from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.options import Number, Whole
 from dgemma.commands.progress import TerminalNotices, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.files import load_json

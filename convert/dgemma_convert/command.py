@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from dgemma.checkpoint.hub import EVERY_FILE, resolve
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.progress import progress_bar, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.errors import CheckpointError

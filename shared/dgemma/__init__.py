@@ -11,8 +11,8 @@ for, so that the command answers Ctrl-C before NumPy has come.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; `typing` is not needed before a framework is
 if TYPE_CHECKING:
     from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
     from dgemma.engine.sampler import Step
@@ -33,7 +33,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     for home, names in _HOMES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"dgemma.{home}"), name)

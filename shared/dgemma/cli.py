@@ -17,8 +17,7 @@ from importlib import import_module
 import click
 
 from dgemma import __version__
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.streams import answer
 
 # By name: module and command, and the line in the list.

@@ -13,6 +13,7 @@ import click
 from dgemma.commands import process, streams
 from dgemma.errors import DgemmaError
 
+HELP = {"help_option_names": ["-h", "--help"]}
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 # What the frameworks, NumPy and the system raise for it. Each has an exception of its own, and importing a
@@ -32,6 +33,7 @@ _SIGNS = (
     "bad_alloc",
     "unable to mmap",
     "failed to map segment",  # a library that finds no room for itself
+    "start new thread",  # nor does the stack of a thread
     "paging file is too small",  # Windows
 )
 _MEMORY_ADVICE = "take a shorter prompt, fewer rows or --dtype bfloat16; `dgemma info` says what is needed"

@@ -9,9 +9,8 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from dgemma.commands.errors import OneLine
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.options import (
-    HELP,
     as_typed,
     model_options,
     output_options,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.reports import info as library
 

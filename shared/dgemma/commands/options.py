@@ -14,8 +14,6 @@ import click
 from dgemma.backends import ACTIVATIONS, BACKENDS, DTYPES
 from dgemma.settings import RANGES
 
-HELP = {"help_option_names": ["-h", "--help"]}
-
 
 class Whole(click.IntRange):
     """A whole number in plain digits; Python would also take 1_000 and the digits of every script."""

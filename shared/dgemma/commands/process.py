@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
 
 GRACE = 1.0  # seconds that a command has for its unwinding
 MOST_COLUMNS = 10_000
@@ -97,7 +96,7 @@ def _wait_and_die() -> None:
     _die()
 
 
-def _die() -> NoReturn:
+def _die() -> None:
     """End the process. Threads that still download or compute are not waited for."""
     number = _caught or signal.SIGINT
     text = b""

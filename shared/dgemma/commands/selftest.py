@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from dgemma.backends import PACKAGES, choose, part
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.progress import stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.reports.selftest import text

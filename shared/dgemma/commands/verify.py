@@ -10,8 +10,7 @@ from rich.console import Console
 from dgemma.backends import BACKENDS, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
-from dgemma.commands.errors import OUT_OF_MEMORY, OneLine, first_line, is_out_of_memory
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OUT_OF_MEMORY, OneLine, first_line, is_out_of_memory
 from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.network.ops import Ops
