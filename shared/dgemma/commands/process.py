@@ -37,10 +37,7 @@ def take_over() -> None:
     A signal that is ignored (nohup) or that has another handler keeps its meaning.
     """
     _fill_descriptors()
-    for name in ("COLUMNS", "LINES"):  # what is no size there would end in a traceback of rich's
-        value = os.environ.get(name, "1")
-        if not (value.isascii() and value.isdecimal() and len(value) < 9 and 0 < int(value) <= MOST_COLUMNS):
-            del os.environ[name]
+    check_sizes()
     if threading.current_thread() is not threading.main_thread():
         return
     for number in _ENDS:
@@ -48,6 +45,14 @@ def take_over() -> None:
             signal.signal(number, _end)
     if hasattr(signal, "SIGTSTP") and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
         signal.signal(signal.SIGTSTP, _pause)
+
+
+def check_sizes() -> None:
+    """Forget a size of the terminal that is none: rich and click would end in a traceback."""
+    for name in ("COLUMNS", "LINES"):
+        value = os.environ.get(name, "1")
+        if not (value.isascii() and value.isdecimal() and len(value) < 9 and 0 < int(value) <= MOST_COLUMNS):
+            del os.environ[name]
 
 
 def _fill_descriptors() -> None:
