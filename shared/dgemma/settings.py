@@ -58,10 +58,13 @@ def number(name: str, value: Any) -> Any:
     limits = RANGES[name]
     if not isinstance(value, Integral if limits.whole else Real) or isinstance(value, bool):
         raise ConfigError(f"{name} has the unusable value {shown(value)}")
-    if value not in limits:  # NaN is in no range
-        raise ConfigError(f"{name} must be {limits}, not {shown(value)}")
     kind: Any = int if limits.whole else float
-    return kind(value)
+    try:
+        if (given := kind(value)) in limits:  # NaN is in no range
+            return given
+    except OverflowError:  # of a whole number that no float holds
+        pass
+    raise ConfigError(f"{name} must be {limits}, not {shown(value)}")
 
 
 def shown(value: Any) -> str:
@@ -69,7 +72,7 @@ def shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
-        return f"a number of {value.bit_length()} bits"
+        return f"{type(value).__name__} with thousands of digits"
 
 
 class Settings(TypedDict, total=False):

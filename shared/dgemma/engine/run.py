@@ -20,9 +20,9 @@ import numpy as np
 from dgemma.engine import sampler
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.sampler import Step
-from dgemma.errors import PromptError
+from dgemma.errors import ConfigError, PromptError
 from dgemma.network.runner import Context, Runner
-from dgemma.settings import GenerationConfig, number
+from dgemma.settings import GenerationConfig, number, shown
 from dgemma.text.tokenizer import Tokenizer
 
 
@@ -66,8 +66,7 @@ def generate(
     `tokenizer` may be None: prompts are token ids then, and replies have no text.
     """
     prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
-    given = [] if row_ids is None else [number("row_ids", id) for id in row_ids]
-    ids = sampler.row_ids(prompts) if row_ids is None else given
+    ids = sampler.row_ids(prompts) if row_ids is None else _row_ids(row_ids)
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
     seed = secrets.randbits(63) if seed is None else number("seed", seed)
@@ -79,6 +78,12 @@ def generate(
             f"{runner.config.max_positions}; shorten the prompt or lower max_new_tokens"
         )
     return _Run(runner, tokenizer, config, rows, seed).events()
+
+
+def _row_ids(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, Sequence | np.ndarray):
+        raise ConfigError(f"row_ids has the unusable value {shown(ids)}")
+    return [number("row_ids", id) for id in ids]
 
 
 def _prompts(
