@@ -2,8 +2,8 @@
 
 A command parses and calls; the work is in the library. Standard output carries the answer and nothing else.
 Notices, thoughts, the live view and statistics go to standard error. Wrong input ends in one line and exit
-code 1, a wrong command line in one line and exit code 2, Ctrl-C in 130. Anything else that escapes is a bug
-of ours and keeps its traceback.
+code 1, a wrong command line in one line and exit code 2, a signal in 128 and its number. Anything else that
+escapes is a bug of ours and keeps its traceback.
 
 `dgemma --help` prints the list of commands from the table, so it imports none of them.
 """

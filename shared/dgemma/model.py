@@ -79,10 +79,10 @@ class Model(Runner):
         """Replies to one prompt or a batch, as events; every row ends with a `Done`.
 
         `prompt` is a conversation (list of messages), a list of token ids, or a list of either. `settings`
-        override the checkpoint's `GenerationConfig` by field name. A missing `seed` is drawn and reported.
-        `row_ids` key each row's noise. The default id follows from the prompt itself, so that a row draws the
-        same noise alone and in a batch. Closing the iterator stops within a step. PromptError and ConfigError
-        come before the first event.
+        override the checkpoint's `GenerationConfig` by field name, within `dgemma.settings.RANGES`. A missing
+        `seed` is drawn and reported. `row_ids` key each row's noise; they and the seed have 64 bits. The
+        default id follows from the prompt itself, so that a row draws the same noise alone and in a batch.
+        Closing the iterator stops within a step. PromptError and ConfigError come before the first event.
         """
         config = self.generation.override(**settings)
         return generate(self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids)

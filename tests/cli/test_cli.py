@@ -468,3 +468,17 @@ def test_a_bar_appears_for_work_that_takes_long(
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("loading weights" in output) == shown
     assert bool(output) == shown
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("dgemma.commands.progress.time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress_bar(console, "reading the prompt") as bar:
+        for seconds in (0.5, 1.5, 6.0, 12.0, 13.0):
+            bar(int(seconds), 100, "writing canvas 1")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == ["dgemma: writing canvas 1, 1%", "dgemma: writing canvas 1, 12%"]

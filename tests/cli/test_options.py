@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+import dgemma
 from dgemma.cli import main
 from dgemma.commands.errors import OUT_OF_MEMORY, OneLine, is_out_of_memory
 
@@ -152,9 +153,7 @@ def test_text_that_is_no_utf8(args: list[str], text: str) -> None:
 def test_names_of_files_in_errors(
     args: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dgemma.loading import load
-
-    monkeypatch.setattr("dgemma.commands.generate.load", load)
+    monkeypatch.setattr("dgemma.commands.generate.load", dgemma.load)
     monkeypatch.chdir(tmp_path)
     result = call(*(arg.replace("{}", name) for arg in args))
     assert (result.exit_code, result.stdout) == (1, "")

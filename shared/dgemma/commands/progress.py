@@ -59,7 +59,7 @@ def progress_bar(console: Console, label: str, in_bytes: bool = False) -> Iterat
             if console.is_dumb_terminal:
                 if told == began or now - told >= AGAIN:
                     told = now
-                    note(f"dgemma: {label}, {done / total:.0%}")
+                    console.print(f"dgemma: {label}, {done / total:.0%}")
                 return
             bar.start()
         bar.update(task, completed=done, total=total, description=label)

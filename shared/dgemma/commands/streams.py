@@ -64,8 +64,10 @@ def note(text: str, **style: Any) -> None:
     """Write a line to stderr, on a terminal in click's `style`. Nothing happens if it cannot be written."""
     if sys.stderr is None:  # print would take stdout
         return
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     with suppress(OSError, ValueError):
-        print(click.style(text, **style) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+        styled = click.style(text, **style) if sys.stderr.isatty() and not plain else text
+        print(styled, file=sys.stderr, flush=True)
 
 
 def _unwritable(error: OSError) -> DgemmaError:
