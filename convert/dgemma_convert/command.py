@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from dgemma.checkpoint.hub import EVERY_FILE, resolve
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.progress import progress_bar, stderr_console
+from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.errors import CheckpointError
 from dgemma_convert.plan import make_plan, report, text
 from dgemma_convert.stream import convert as run
@@ -58,16 +57,21 @@ def convert(
     """
     if dest is None and not plan_only:
         raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
+    if plan_only or as_json:
+        check_stdout()
     files = ["config.json", "generation_config.json"] if plan_only else EVERY_FILE
     plan, checkpoint = make_plan(resolve(source, files=files), to, preset, settings, source)
     facts = report(plan)
     if plan_only or dest is None:
-        click.echo(json.dumps(facts) if as_json else text(facts))
+        if as_json:
+            answer_json(facts)
+        else:
+            answer(text(facts))
         return
     if checkpoint is None:
         raise CheckpointError(f"{source}: no .safetensors file here")
     with progress_bar(stderr_console(), "converting", in_bytes=True) as update:
         written = run(plan, checkpoint, dest.expanduser(), update)
-    click.echo(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}", err=True)
+    note(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}")
     if as_json:
-        click.echo(json.dumps(facts | {"dest": str(dest)}))
+        answer_json(facts | {"dest": str(dest)})

@@ -5,11 +5,74 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from math import isfinite
-from typing import Any, TypedDict
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypedDict
 
 from dgemma.errors import ConfigError
-from dgemma.files import Reader
+from dgemma.files import MAX_SIZE, Reader
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have: from `least` to `most`, without an end that is open."""
+
+    least: float
+    most: float
+    whole: bool = False
+    open_least: bool = False
+    open_most: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        above = self.least < value if self.open_least else self.least <= value
+        return bool(above and (value < self.most if self.open_most else value <= self.most))
+
+    def __str__(self) -> str:
+        least, most = (f"{end:d}" if isinstance(end, int) else f"{end:g}" for end in self[:2])
+        above = "above" if self.open_least else "at least"
+        return f"{above} {least} and {'below' if self.open_most else 'at most'} {most}"
+
+
+# Every number is far inside what the arithmetic bears, and the ends are beyond any use. A million steps that
+# never settle are a quarter of an hour for the embedded model and most of a day for the released one: more
+# could not be told from a hang. Temperatures divide logits of at most 30 in float32, and entropies are
+# compared in float32; a billion nats are more than any canvas has. Seeds and row ids key a counter-based
+# generator with 64 bits each; what is beyond would silently draw another seed's noise.
+RANGES: dict[str, Range] = {
+    "steps": Range(1, 1_000_000, whole=True),
+    "t_max": Range(1e-6, 1_000_000),
+    "t_min": Range(1e-6, 1_000_000),
+    "entropy_bound": Range(0, 1_000_000_000),
+    "stability": Range(0, 1_000_000, whole=True),
+    "confidence": Range(0, 1_000_000_000, open_least=True),
+    "max_new_tokens": Range(1, MAX_SIZE, whole=True),
+    "soft_bound": Range(0, 1, open_most=True),
+    "seed": Range(0, 2**64 - 1, whole=True),
+    "row_ids": Range(0, 2**64 - 1, whole=True),
+}
+
+
+def number(name: str, value: Any) -> Any:
+    """`value` as Python's int or float, within the range of `name`; ConfigError otherwise.
+
+    NumPy's numbers are as good as Python's. A bool is no number, and a float is no whole one.
+    """
+    limits = RANGES[name]
+    if not isinstance(value, Integral if limits.whole else Real) or isinstance(value, bool):
+        raise ConfigError(f"{name} has the unusable value {shown(value)}")
+    kind: Any = int if limits.whole else float
+    try:
+        if (given := kind(value)) in limits:  # NaN is in no range
+            return given
+    except OverflowError:  # of a whole number that no float holds
+        pass
+    raise ConfigError(f"{name} must be {limits}, not {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error: short, whatever its size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"{type(value).__name__} with thousands of digits"
 
 
 class Settings(TypedDict, total=False):
@@ -47,31 +110,28 @@ class GenerationConfig:
             raise ConfigError(
                 f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
             )
-        given = {k: v for k, v in changes.items() if v is not None}
-        for name, value in given.items():
-            whole = name in ("steps", "stability", "max_new_tokens")
-            kind = tuple if name == "stop_ids" else int if whole else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{name} has the unusable value {reprlib.repr(value)}")
-            if isinstance(value, float) and not isfinite(value):
-                raise ConfigError(f"{name} must be a finite number")
+        given: dict[str, Any] = {
+            name: _stop_id_list(value) if name == "stop_ids" else number(name, value)
+            for name, value in changes.items()
+            if value is not None
+        }
         return replace(self, **given)._checked()
 
     def _checked(self) -> GenerationConfig:
-        rules = {
-            "steps must be at least 1": self.steps >= 1,
-            "t_min must be above 0": self.t_min > 0,
-            "t_max must not be below t_min": self.t_max >= self.t_min,
-            "entropy_bound must not be negative": self.entropy_bound >= 0,
-            "stability must not be negative": self.stability >= 0,
-            "confidence must be above 0": self.confidence > 0,
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "soft_bound must be at least 0 and below 1": 0 <= self.soft_bound < 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ConfigError(rule)
+        for field in fields(self):
+            if field.name in RANGES:
+                number(field.name, getattr(self, field.name))
+        if self.t_max < self.t_min:
+            raise ConfigError(f"t_max {self.t_max} must not be below t_min {self.t_min}")
         return self
+
+
+def _stop_id_list(value: Any) -> tuple[int, ...]:
+    ids: Any = value if isinstance(value, list | tuple) else [None]
+    for id in ids:
+        if not isinstance(id, Integral) or isinstance(id, bool) or not 0 <= int(id) <= MAX_SIZE:
+            raise ConfigError(f"stop_ids has the unusable value {shown(value)}")
+    return tuple(int(id) for id in ids)
 
 
 # The meaning of an absent or null value, as in every file that transformers saves untouched: transformers'

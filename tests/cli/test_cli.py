@@ -89,7 +89,7 @@ def test_version() -> None:
 def test_the_packages_have_the_same_command(module: str) -> None:
     text = python("-m", module, "--help").stdout
     usage, _, rest = text.partition("\n")
-    assert usage == f"Usage: python -m {module} [OPTIONS]"
+    assert usage == f"Usage: python -m {module} [OPTIONS] [PROMPT]..."
     assert rest == python("-m", "dgemma", "generate", "--help").stdout.partition("\n")[2]
 
 
@@ -307,13 +307,17 @@ COMMAND_LINES = {
     "unknown option": (["--nope"], "No such option", 2),
     "unknown backend": (["--backend", "tpu"], "'tpu' is not one of", 2),
     "unknown dtype": (["--dtype", "int1"], "'int1' is not one of", 2),
-    "zero tokens": (["--max-tokens", "0"], "'--max-tokens': 0 is not in the range x>=1", 2),
+    "zero tokens": (["--max-tokens", "0"], "'--max-tokens': 0 is not in the range 1<=x<=2147483647", 2),
     "negative steps": (["--steps", "-1"], "'--steps': -1 is not in the range", 2),
-    "negative bound": (["--entropy-bound", "-0.1"], "'--entropy-bound': -0.1 is not in the range x>=0", 2),
+    "negative bound": (
+        ["--entropy-bound", "-0.1"],
+        "-0.1 is not in the range 0<=x<=1000000000;",
+        2,
+    ),
     "NaN": (["--t-min", "nan"], "'nan' is not a finite number", 2),
     "infinity": (["--confidence", "inf"], "'inf' is not a finite number", 2),
     "no number": (["--seed", "one"], "'one' is not a valid integer", 2),
-    "negative seed": (["--seed", "-1"], "-1 is not in the range x>=0", 2),
+    "negative seed": (["--seed", "-1"], "-1 is not in the range 0<=x<=18446744073709551615", 2),
     "missing messages": (["--messages", "nope.json"], "'nope.json': No such file", 2),
     "missing folder": (["--prompt", "a", *NUMPY, "--model", "./nope"], "'./nope': no such folder", 1),
     "bad hub id": (["--prompt", "a", *NUMPY, "--model", "a b"], "'a b' is neither a folder nor a hub id", 1),
@@ -386,8 +390,9 @@ def test_two_systems_and_two_lists_of_tools(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["--t-max", "0.1", "--t-min", "0.5"], "t_max must not be below t_min"),
-        (["--max-tokens", "999999"], "lower max_new_tokens"),
+        (["--t-max", "0.1"], "--t-max 0.1 must not be below --t-min 0.4"),
+        (["--t-min", "7"], "--t-max 0.8 must not be below --t-min 7.0"),
+        (["--max-tokens", "999999"], "prompt and --max-tokens need"),
     ],
 )
 def test_settings_that_the_model_refuses(args: list[str], part: str, model: Path) -> None:
@@ -461,7 +466,7 @@ def test_an_interrupt_ends_in_one_line(model: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.endswith("\ndgemma: interrupted\n")
+    assert err.splitlines()[-1] == "dgemma: interrupted"
     assert "Traceback" not in err
 
 
@@ -493,3 +498,17 @@ def test_a_bar_appears_for_work_that_takes_long(
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("loading weights" in output) == shown
     assert bool(output) == shown
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("dgemma.commands.progress.time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress_bar(console, "reading the prompt") as bar:
+        for seconds in (0.5, 1.5, 6.0, 12.0, 13.0):
+            bar(int(seconds), 100, "writing canvas 1")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == ["dgemma: writing canvas 1, 1%", "dgemma: writing canvas 1, 12%"]

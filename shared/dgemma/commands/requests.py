@@ -75,7 +75,7 @@ def _stdin() -> str:
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not text: {error}") from None
     except OSError as error:
-        raise PromptError(f"stdin cannot be read ({error.strerror})") from None
+        raise PromptError(f"stdin is not readable: {error.strerror or error}") from None
     if not text.strip():
         raise PromptError("stdin is empty; give --prompt or --messages, or pipe a text in")
     return text.removeprefix("\ufeff")

@@ -20,9 +20,9 @@ import numpy as np
 from dgemma.engine import sampler
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.sampler import Step
-from dgemma.errors import PromptError
+from dgemma.errors import ConfigError, PromptError
 from dgemma.network.runner import Context, Runner
-from dgemma.settings import GenerationConfig
+from dgemma.settings import GenerationConfig, number, shown
 from dgemma.text.messages import is_conversation
 from dgemma.text.tokenizer import Tokenizer
 
@@ -82,10 +82,10 @@ def generate(
         )
 
     prompts = _prompts(runner, prompt, encode)
-    ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
+    ids = sampler.row_ids(prompts) if row_ids is None else _row_ids(row_ids)
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
-    seed = secrets.randbits(63) if seed is None else seed
+    seed = secrets.randbits(63) if seed is None else number("seed", seed)
     rows = [_Row(index, id, list(ids)) for index, (id, ids) in enumerate(zip(ids, prompts, strict=True))]
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     if longest > runner.config.max_positions:
@@ -94,6 +94,12 @@ def generate(
             f"{runner.config.max_positions}; shorten the prompt or lower max_new_tokens"
         )
     return _Run(runner, tokenizer, config, rows, seed).events()
+
+
+def _row_ids(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, Sequence | np.ndarray):
+        raise ConfigError(f"row_ids has the unusable value {shown(ids)}")
+    return [number("row_ids", id) for id in ids]
 
 
 def _prompts(runner: Runner, prompt: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
