@@ -21,7 +21,7 @@ from dgemma.cli import main
 from dgemma.commands.generate import print_reply
 from dgemma.commands.progress import progress_bar
 from dgemma.engine.events import Done, Stats
-from dgemma.text.chat import ToolCall
+from dgemma.text.calls import ToolCall
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")

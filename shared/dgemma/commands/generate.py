@@ -71,7 +71,7 @@ def generate(
     replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
-            click.echo(json.dumps(_record(reply, loaded, model), ensure_ascii=False))
+            click.echo(json.dumps(_record(reply, loaded, model), ensure_ascii=False, allow_nan=False))
         else:
             if len(replies) > 1:
                 click.echo(_heading(reply.row, prompts[reply.row]))
@@ -127,7 +127,10 @@ def print_reply(reply: Done) -> None:
     if reply.text:
         click.echo(_safe(reply.text, sys.stdout), color=True)  # without it click drops colour codes
     for call in reply.tool_calls:
-        click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
+        record = {"name": call.name, "arguments": call.arguments}
+        click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    for unread in reply.unread:
+        click.echo(f"dgemma: a tool call stays text: {unread.reason}", err=True)
     if reply.finish_reason == "length":
         click.echo(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more", err=True)
     elif not reply.text and not reply.tool_calls:

@@ -10,7 +10,8 @@ import tokenizers
 
 from dgemma.errors import CheckpointError, PromptError
 from dgemma.files import load_json
-from dgemma.text.chat import ChatTemplate, Message, Reply, parse_reply
+from dgemma.text.chat import ChatTemplate, Message
+from dgemma.text.reply import Reply, ReplyParser, joined
 
 
 class Tokenizer:
@@ -53,8 +54,9 @@ class Tokenizer:
         return self.raw.decode(list(ids), skip_special_tokens=False)
 
     def reply(self, ids: Sequence[int]) -> Reply:
-        """The text, thinking and tool calls of a generated reply."""
-        return parse_reply(self.decode(ids))
+        """The text, thinking and tool calls of a generated reply: what `ReplyParser` makes of it."""
+        parser = ReplyParser(self.raw)
+        return joined([parser.feed(ids), parser.close()])
 
 
 def _template(folder: Path) -> ChatTemplate | None:
