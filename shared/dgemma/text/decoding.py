@@ -23,6 +23,7 @@ class Decoder:
         self._raw = raw
         self._kinds: dict[int, tuple[bool, bool, bool]] = {}
         self._anchor = self._find_anchor() if _works_by_token(raw) else None
+        self._anchor_size = len(self.text([self._anchor])) if self._anchor is not None else 0
 
     def text(self, ids: Sequence[int]) -> str:
         """Text of ids that begin a text, with special tokens written out."""
@@ -33,7 +34,11 @@ class Decoder:
         if self._anchor is None:
             return self.text(ids)
         # Only a first token is decoded in a way of its own, and here the anchor is the first.
-        return self.text([self._anchor, *ids])[len(self.text([self._anchor])) :]
+        return self.text([self._anchor, *ids])[self._anchor_size :] if ids else ""
+
+    def known(self, ids: Sequence[int]) -> list[int]:
+        """The ids that the vocabulary has. A decoder passes over others, and they keep nothing apart."""
+        return [id for id in ids if self._raw.id_to_token(id) is not None]
 
     def is_blank(self, id: int) -> bool:
         """Whether an id has no text but white space."""
@@ -87,7 +92,7 @@ class TextStream:
     def feed(self, ids: Sequence[int]) -> str:
         """The text that these ids settle."""
         start = len(self._held)
-        self._held += ids
+        self._held += self._decoder.known(ids)
         if not self._begun:
             # A decoder may take blanks from the beginning of a text, so that ids are inside it only after
             # the first one that shows something.
