@@ -185,8 +185,8 @@ def test_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["call:", "call:f", "call:{}", "call: {a:1}", "call:f(a=1)", "call:f(a){}", "call:a\nb{}", "f{}", "",
-             "{}", f"call:{Q}f{Q}{{}}", 'call:"f"{}', "call:f}{"],
+    "text", ["call:", "call:f", "call:{}", "call: {a:1}", "call:f(a=1)", "call:f(a){}", "call:a\nb{}", "f{}",
+             "", "{}", f"call:{Q}f{Q}{{}}", 'call:"f"{}', "call:f}{"],
 )  # fmt: skip
 def test_no_names(text: str) -> None:
     reason(text)
