@@ -75,6 +75,27 @@ def test_bytes_of_no_character_are_marked_as_the_tokenizer_marks_them() -> None:
     assert "".join(streamed(DECODERS["tiny"], [ids[:3], ids[3:]])) == TINY.decode(ids) == "�" * 4
 
 
+def test_an_id_that_is_none_keeps_nothing_apart() -> None:
+    first, *rest = spelled("€")
+    unknown = TINY.get_vocab_size() + 5
+    assert TINY.id_to_token(unknown) is None
+    assert "".join(streamed(DECODERS["tiny"], [[first], [unknown], [*rest, unknown]])) == "€"
+
+
+@pytest.mark.parametrize(
+    "name", ["fallback, strip", "fallback, strip three", "metaspace", "metaspace, never first"]
+)
+def test_a_decoder_takes_blanks_from_the_beginning_alone(name: str) -> None:
+    raw = ALL[name]
+    blank, wide, word = (raw.token_to_id(token) for token in ("▁", "▁▁", "▁a"))
+    for ids in (
+        [blank, word, blank, word],
+        [blank, blank, blank, blank, word],
+        [wide, wide, word, wide, word],
+    ):
+        assert "".join(streamed(DECODERS[name], [[id] for id in ids])) == raw.decode(ids)
+
+
 class Counting:
     """A tokenizer that counts the ids it decodes."""
 
