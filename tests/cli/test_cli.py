@@ -21,7 +21,8 @@ from dgemma.cli import main
 from dgemma.commands.generate import print_reply
 from dgemma.commands.progress import progress_bar
 from dgemma.engine.events import Done, Stats
-from dgemma.text.chat import ToolCall
+from dgemma.text.calls import ToolCall
+from dgemma.text.reply import Unread
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
@@ -269,6 +270,14 @@ def test_thoughts_go_to_stderr_and_calls_are_the_answer(capsys: pytest.CaptureFi
     ]
     assert "Zürich" in out
     assert err == "hm\n"
+
+
+def test_a_call_that_cannot_be_read_is_the_answer_and_the_reason_a_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_reply(reply(text="call:f{", unread=(Unread("call:f{", "it has no end"),)))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("call:f{\n", "dgemma: a tool call stays text: it has no end\n")
 
 
 @pytest.mark.parametrize(

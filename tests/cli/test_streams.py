@@ -21,7 +21,7 @@ from dgemma.commands import process, streams
 from dgemma.commands.errors import OneLine
 from dgemma.commands.generate import print_reply
 from dgemma.engine.events import Done, Stats
-from dgemma.text.chat import ToolCall
+from dgemma.text.calls import ToolCall
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 SHORT = ["generate", "--backend", "numpy", "--max-tokens", "4", "--steps", "2", "--seed", "1"]

@@ -157,6 +157,8 @@ def print_reply(reply: Done) -> None:
         answer(_safe(reply.text, sys.stdout))
     for call in reply.tool_calls:
         answer_json({"name": call.name, "arguments": call.arguments})
+    for unread in reply.unread:
+        note(f"dgemma: a tool call stays text: {unread.reason}")
     if reply.finish_reason == "length":
         note(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more")
     elif not reply.text and not reply.tool_calls:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 
 import click
@@ -38,13 +39,25 @@ def answer(text: str) -> None:
 
 
 def answer_json(data: Any) -> None:
-    """Write an object on one line to stdout, as `answer` does; where characters lack, as \\uXXXX."""
-    text = json.dumps(data, ensure_ascii=False)
+    """Write an object on one line to stdout, as `answer` does; where characters lack, as \\uXXXX.
+
+    A float that is no number is null, as JSON has no word for it.
+    """
+    data = _finite(data)
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:  # half a surrogate pair, too, is no character of any encoding
         text = json.dumps(data)
     answer(text)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def check_stdout() -> None:

@@ -12,8 +12,8 @@ import tokenizers
 
 from dgemma.errors import PromptError
 from dgemma.text import folder as stored
-from dgemma.text.chat import Reply, parse_reply
 from dgemma.text.messages import Message
+from dgemma.text.reply import Reply, ReplyParser, joined
 from dgemma.text.template import ChatTemplate, Prompt, pattern
 
 
@@ -139,8 +139,9 @@ class Tokenizer:
         return self.raw.decode(list(ids), skip_special_tokens=False)
 
     def reply(self, ids: Sequence[int]) -> Reply:
-        """The text, thinking and tool calls of a generated reply."""
-        return parse_reply(self.decode(ids))
+        """The text, thinking and tool calls of a generated reply: what `ReplyParser` makes of it."""
+        parser = ReplyParser(self.raw)
+        return joined([parser.feed(ids), parser.close()])
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
