@@ -154,6 +154,19 @@ def test_a_second_signal_ends_what_still_unwinds() -> None:
     assert seconds < 30
 
 
+def test_the_cursor_comes_back_where_nothing_unwinds() -> None:
+    body = f"""
+    os.environ["FORCE_COLOR"] = "1"  # the pipe counts as a terminal
+    from dgemma.commands.progress import stderr_console
+    with stderr_console().status("working"):
+        try: {KILL}
+        finally: time.sleep(50)
+"""
+    done, seconds = command(body)
+    assert done.returncode == 143 and seconds < 30
+    assert done.stderr.rfind(SHOW.decode()) > done.stderr.rfind(HIDE.decode()) >= 0
+
+
 def test_a_signal_after_the_command() -> None:
     body = f"    import atexit\n    atexit.register(lambda: {KILL})"
     done, _ = command(body)

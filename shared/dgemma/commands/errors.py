@@ -54,7 +54,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    streams.note(f"dgemma: error: {' '.join(message.split())}")
+    text = " ".join(message.split())  # and what a terminal would obey, in a file's name, is spelled out
+    streams.note("dgemma: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
     sys.exit(code)
 
 
