@@ -90,8 +90,9 @@ def _is_too_long(path: Path) -> bool:
 def _check_free(dest: Path, target: Path, there: os.stat_result | None) -> None:
     """ConfigError if no folder can take this place, though nothing is in it."""
     parent = target.parent
-    if not parent.is_dir():
-        raise ConfigError(f"{parent}: no such folder to write to")
+    for folder in (dest.parent, parent):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder to write to")
     if there is not None and os.path.ismount(target):
         raise _fixed(dest, "a mount point")
     if there is not None and _is_current(there):
@@ -133,10 +134,12 @@ def try_out(place: Place) -> None:
 
 def keep_apart(place: Place, folder: Path, files: list[Path]) -> None:
     """ConfigError if the source is the destination, or lies in the folder where that is made."""
-    if place.occupied and os.path.samefile(place.target, folder):
-        raise ConfigError(
-            f"{place.shown}: exists and is not this conversion: it is the source itself; name another folder"
-        )
+    if place.occupied:  # and stays as it is
+        if os.path.samefile(place.target, folder):
+            raise ConfigError(
+                f"{place.shown}: exists and is not this conversion: it is the source itself; name another folder"
+            )
+        return
     for path in (folder, *files):
         if Path(os.path.realpath(path)).is_relative_to(place.work):
             raise ConfigError(

@@ -1,8 +1,9 @@
 """What a finished conversion records of itself, and whether a folder still is that conversion.
 
-The record stands in the index's metadata, which readers of checkpoints leave alone. It has a hash of the plan,
-a digest of the source's tensors, and the size and the digest of every file that was written. Names of folders
-and times are not in it, so a copy of the source counts as the source, and a copy of the output as the output.
+The record stands in the index's metadata, which readers of checkpoints leave alone. It has a hash of the
+plan, a digest of the source's tensors, and the size and the digest of every file that was written. Names of
+folders and times are not in it, so a copy of the source counts as the source, and a copy of the output as the
+output.
 
 Digests of large tensors and files are samples: blocks spread evenly over each tensor of the source, and over
 each file of the output. So a second run takes seconds. A change that falls between all blocks, such as a
@@ -29,7 +30,8 @@ from .source import weight_files
 
 BLOCK = 1 << 14  # bytes read at one place
 SOURCE_BLOCKS = 8192  # of all tensors of a source together, and at least one of each
-FILE_BLOCKS = 1024  # of a written file: 16 MB
+SHARD_BLOCKS = 1024  # of a shard's header, and of its data: 16 MB each
+FILE_BLOCKS = 16384  # of any other file: 256 MB
 _Span = tuple[int, int]  # offset and bytes
 
 
@@ -53,14 +55,14 @@ def facts(path: Path) -> dict[str, Any]:
     """Size and digest of a written file; CheckpointError if it cannot be read."""
     try:
         size = path.stat().st_size
-        head = size
-        if path.name.endswith(".safetensors"):
-            with path.open("rb") as stream:
-                head = min(size, 8 + int.from_bytes(stream.read(8), "little"))
+        if not path.name.endswith(".safetensors"):
+            return {"bytes": size, "digest": _hash(list(_sampled(path, [(0, size)], FILE_BLOCKS)))}
+        with path.open("rb") as stream:
+            head = min(size, 8 + int.from_bytes(stream.read(8), "little"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     spans = [(0, head), (head, size - head)]
-    return {"bytes": size, "digest": _hash(list(_sampled(path, spans, FILE_BLOCKS)))}
+    return {"bytes": size, "digest": _hash(list(_sampled(path, spans, SHARD_BLOCKS)))}
 
 
 def _sampled(path: Path, spans: Iterable[_Span], blocks: int) -> Iterator[str]:
@@ -154,13 +156,14 @@ def fault(plan: Plan, source: str, folder: Path, sides: Sequence[Path]) -> str |
 def _changed(path: Path, fact: Any) -> str | None:
     try:
         found = path.stat()
+    except FileNotFoundError:
+        return f"{path.name} is missing"
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     if not stat.S_ISREG(found.st_mode):
         return f"{path.name} is not a file"
-    wanted = fact.get("bytes") if isinstance(fact, dict) else None
-    if found.st_size != wanted:
-        return f"{path.name} has {found.st_size:,} bytes and not {wanted}"
+    if isinstance(fact, dict) and isinstance(wanted := fact.get("bytes"), int) and found.st_size != wanted:
+        return f"{path.name} has {found.st_size:,} bytes and not {wanted:,}"
     return None if facts(path) == fact else f"{path.name} is not what was written"
 
 

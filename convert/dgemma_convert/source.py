@@ -66,6 +66,9 @@ class Rows:
     def reshape(self, *shape: int) -> np.ndarray:
         return self[:].reshape(*shape)
 
+    def astype(self, dtype: Any) -> np.ndarray:
+        return self[:].astype(dtype)
+
 
 def _read(file: Path, name: str, dtype: np.dtype[Any], count: int, offset: int) -> np.ndarray:
     try:
@@ -89,7 +92,7 @@ class FileEntry(Entry):
     def read(self) -> Stored:
         kind = np.dtype(DTYPES[self.dtype])
         data: Any
-        if self.nbytes <= SMALL:
+        if self.nbytes <= SMALL or not self.shape:
             data = _read(self.file, self.name, kind, prod(self.shape), self.offset).reshape(self.shape)
         else:
             data = Rows(self.file, self.name, kind, self.shape, self.offset)

@@ -13,9 +13,11 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def convert(plan: Plan, checkpoint: Checkpoint, dest: Path, progress: Progress |
         return False
     _check_room(plan, sides, place.work)
     with _locked(place.work), _room(place.work):
-        place = settle(dest)
+        place = replace(settle(place.target), shown=dest)
         if _is_done(plan, source, place, sides):  # by a run that had the lock until now
             return False
         if not _is_whole(plan, source, place.work, sides):
@@ -73,7 +75,7 @@ def _is_done(plan: Plan, source: str, place: Place, sides: Sequence[Path]) -> bo
     if not place.occupied:
         return False
     if wrong := fault(plan, source, place.target, sides):
-        raise ConfigError(f"{place.shown}: {wrong}; remove it or name another folder")
+        raise ConfigError(f"{place.shown}: {wrong}; remove the folder to convert again, or name another")
     return True
 
 
@@ -129,7 +131,7 @@ def _room(work: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "the disk is full; make room and run the same command, which goes on"
+            text = f"{work.parent}: the disk is full; make room and run the same command, which goes on"
         else:
             text = f"{work}: cannot be written ({error.strerror}); the same command goes on from here"
         raise CheckpointError(text) from None
@@ -170,6 +172,8 @@ def _publish(place: Place) -> None:
     (work / STATE).unlink(missing_ok=True)
     _sync(work)
     try:
+        if target.exists():
+            os.chmod(work, stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
         os.rename(work, target)  # over an empty folder too
     except OSError as error:
         raise ConfigError(
