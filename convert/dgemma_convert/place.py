@@ -137,7 +137,7 @@ def keep_apart(place: Place, folder: Path, files: list[Path]) -> None:
     if place.occupied:  # and stays as it is
         if os.path.samefile(place.target, folder):
             raise ConfigError(
-                f"{place.shown}: exists and is not this conversion: it is the source itself; name another folder"
+                f"{place.shown}: exists and is not this conversion: it is the source itself; name another"
             )
         return
     for path in (folder, *files):

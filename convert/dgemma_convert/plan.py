@@ -31,6 +31,7 @@ from .bf16 import Bf16Target
 from .mlx import MlxTarget
 from .nvfp4 import Nvfp4Target
 from .recipe import CLASSES, recipe
+from .source import listed
 from .target import Target
 
 TARGETS: dict[str, Target] = {target.name: target for target in (MlxTarget(), Nvfp4Target(), Bf16Target())}
@@ -120,8 +121,9 @@ def make_plan(
     Such a folder is taken for the release's bfloat16, so that a plan can be made before a download.
     ConfigError and CheckpointError say what is wrong with files and settings.
     """
+    names = listed(folder)
     raw = load_json(folder / "config.json")
-    checkpoint = Checkpoint.open(folder) if any(folder.glob("*.safetensors*")) else None
+    checkpoint = Checkpoint.open(folder) if any(".safetensors" in name for name in names) else None
     if checkpoint is not None:
         geometry = checkpoint.config
         sources = list(checkpoint.sources.values())

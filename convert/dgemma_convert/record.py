@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def _changed(path: Path, fact: Any) -> str | None:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object of the output; an empty one if there is none."""
     try:
-        return load_json(path) if path.is_file() else {}
+        return load_json(path) if os.path.isfile(path) else {}
     except ConfigError:
         return {}
 

@@ -148,16 +148,27 @@ def side_files(folder: Path, made: Iterable[str]) -> list[Path]:
     """The files of a folder that come along: no weights, nothing hidden, and none that is `made` anew.
 
     CheckpointError for a link that leads out of the folder, or nowhere: what it leads to was not given to us.
-    Links of a snapshot in the hub's cache lead to the blobs of its repository, which belong to it.
+    Links of a snapshot in the hub's cache lead to the blobs of its repository, which belong to it. Another for
+    a file that cannot be opened.
     """
     made = set(made)
+    named = [name for name in listed(folder) if name[0] != "." and name not in made]
+    paths = [folder / name for name in named if not name.lower().endswith(_WEIGHTS)]
+    found = [path for path in paths if _comes_along(path)]
+    for path in found:
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return found
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, in order; CheckpointError if it cannot be read."""
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None
-    named = [name for name in names if name[0] != "." and name not in made]
-    paths = [folder / name for name in named if not name.lower().endswith(_WEIGHTS)]
-    return [path for path in paths if _comes_along(path)]
 
 
 def _comes_along(path: Path) -> bool:

@@ -81,7 +81,7 @@ def _is_done(plan: Plan, source: str, place: Place, sides: Sequence[Path]) -> bo
 
 def _is_whole(plan: Plan, source: str, work: Path, sides: Sequence[Path]) -> bool:
     """Whether a run was killed when only the destination's name was missing."""
-    unmarked = work.is_dir() and not work.is_symlink() and not (work / STATE).exists()
+    unmarked = os.path.isdir(work) and not os.path.islink(work) and not os.path.lexists(work / STATE)
     return unmarked and fault(plan, source, work, sides) is None
 
 
