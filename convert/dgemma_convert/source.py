@@ -69,6 +69,9 @@ class Rows:
     def astype(self, dtype: Any) -> np.ndarray:
         return self[:].astype(dtype)
 
+    def tobytes(self) -> bytes:
+        return self[:].tobytes()
+
 
 def _read(file: Path, name: str, dtype: np.dtype[Any], count: int, offset: int) -> np.ndarray:
     try:
