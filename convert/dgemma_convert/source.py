@@ -151,8 +151,8 @@ def side_files(folder: Path, made: Iterable[str]) -> list[Path]:
     """The files of a folder that come along: no weights, nothing hidden, and none that is `made` anew.
 
     CheckpointError for a link that leads out of the folder, or nowhere: what it leads to was not given to us.
-    Links of a snapshot in the hub's cache lead to the blobs of its repository, which belong to it. Another for
-    a file that cannot be opened.
+    Links to blobs in the hub's cache pass, as a snapshot there is nothing else. An error, too, for a file that
+    cannot be opened.
     """
     made = set(made)
     named = [name for name in listed(folder) if name[0] != "." and name not in made]
@@ -183,20 +183,17 @@ def _comes_along(path: Path) -> bool:
         return False
     if not target.is_file():
         raise CheckpointError(f"{path}: a link to no file; restore the file or remove the link")
-    if not any(target.is_relative_to(home) for home in _homes(path.parent)):
+    if not target.is_relative_to(os.path.realpath(path.parent)) and not _is_blob(target):
         raise CheckpointError(
             f"{path}: a link that leads out of its folder, to {target}; copy the file or remove it"
         )
     return True
 
 
-def _homes(folder: Path) -> list[Path]:
-    """Where the files of a folder may lie: in it, or in the blobs of its repository in the hub's cache."""
-    real = Path(os.path.realpath(folder))
-    repository = real.parent.parent
-    if real.parent.name == "snapshots" and repository.name.startswith("models--"):
-        return [real, Path(os.path.realpath(repository / "blobs"))]
-    return [real]
+def _is_blob(target: Path) -> bool:
+    """Whether a file lies where the hub's cache keeps the files of a model, hub/models--org--name/blobs."""
+    blobs = target.parent
+    return blobs.name == "blobs" and blobs.parent.name.startswith("models--")
 
 
 def chunks(path: Path) -> Iterator[bytes]:

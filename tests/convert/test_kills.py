@@ -1,16 +1,21 @@
-"""A run killed before each of its steps on the disk: the next ends with the same bytes, and loses no shard.
+"""A run killed before each of its steps, and two runs at once: no byte is lost, and no shard is redone.
 
-The child process is a fork, so that a kill costs milliseconds and there is one at every step.
+The run that is killed is a fork, so that a kill costs milliseconds and there is one at every step.
 """
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dgemma.errors import ConfigError
+from dgemma_convert import lock, stream
 from tests.checkpoints import make_checkpoint, minute
+from tests.convert.conversions import call, digest, refused, run
 
 KILLED = """
 import hashlib, os, shutil, signal, sys
@@ -98,3 +103,66 @@ def test_killed_before_every_step(tmp_path: Path, dest: str) -> None:
     assert kills > 30
     assert kept == shards > 2, "no kill came when all shards were written"
     assert published > 0, "no kill came after the last rename"
+
+
+# ---- two at once --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "in", minute())
+
+
+def test_a_second_run_while_the_first_publishes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are written, and the folder has not yet its name."""
+    wanted, seen = digest(run(source, tmp_path / "wanted", "bf16")), []
+    for step in ("_sync", "_publish"):
+        dest, real = tmp_path / step, getattr(stream, step)
+
+        def second(arg: object, dest: Path = dest, real: Callable[[object], None] = real) -> None:
+            if arg == tmp_path / f".{dest.name}.partial" or not isinstance(arg, Path):
+                refused(call(source, dest, "--to", "bf16"), "another run is writing this conversion")
+                seen.append(dest)
+            real(arg)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, step, second)
+            assert digest(run(source, dest, "bf16")) == wanted
+    assert len(seen) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_run_that_saw_no_destination(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the lock when the first run is done, and must not write again."""
+    check, stamps = stream._check_room, []
+
+    def first(*args: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "_check_room", check)
+            run(source, tmp_path / "out", "bf16")
+        stamps.append((tmp_path / "out").stat().st_ino)
+
+    monkeypatch.setattr(stream, "_check_room", first)
+    assert "nothing to do" in call(source, tmp_path / "out", "--to", "bf16").stderr
+    assert stamps == [(tmp_path / "out").stat().st_ino]
+
+
+def test_a_lock_whose_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last run removed the file after this one opened it: a third could make and lock another."""
+    real, path = lock._lock, tmp_path / ".out.partial.lock"
+
+    def late(handle: int) -> None:
+        real(handle)
+        path.unlink()
+        monkeypatch.setattr(lock, "_lock", real)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with lock.locked(tmp_path / ".out.partial"):
+        assert path.exists()
+        with pytest.raises(ConfigError, match="another run"), lock.locked(tmp_path / ".out.partial"):
+            pass
+    assert os.listdir(tmp_path) == []

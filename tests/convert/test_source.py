@@ -259,17 +259,22 @@ def cached(tmp_path: Path, source: Path) -> Path:
     return snapshot
 
 
-@pytest.mark.parametrize("linked", [False, True])
-def test_a_snapshot_of_the_hubs_cache(source: Path, tmp_path: Path, linked: bool) -> None:
-    """Also behind a link, and with its blobs on another drive."""
+@pytest.mark.parametrize("how", ["itself", "behind a link", "links elsewhere", "moved cache"])
+def test_a_snapshot_of_the_hubs_cache(source: Path, tmp_path: Path, how: str) -> None:
+    """Also behind a link, as a folder of links that older clients made, and with the cache moved."""
     (source / "README.md").write_text("a card")
     snapshot = cached(tmp_path, source)
-    if linked:
-        blobs = snapshot.parent.parent / "blobs"
-        blobs.rename(tmp_path / "drive")
-        blobs.symlink_to(tmp_path / "drive")
+    if how == "behind a link":
         (tmp_path / "model").symlink_to(snapshot)
         snapshot = tmp_path / "model"
+    elif how == "links elsewhere":
+        (tmp_path / "model").mkdir()
+        for path in snapshot.iterdir():
+            (tmp_path / "model" / path.name).symlink_to(path.resolve())
+        snapshot = tmp_path / "model"
+    elif how == "moved cache":
+        (tmp_path / "hub").rename(tmp_path / "drive")
+        (tmp_path / "hub").symlink_to("drive")
     out = run(snapshot, tmp_path / "out", "bf16")
     assert not any(path.is_symlink() for path in out.iterdir())
     assert (out / "README.md").read_text() == "a card"
