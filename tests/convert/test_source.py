@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,35 @@ def test_a_source_that_changes(
     assert all(own == wanted[name] for name, own in left.items() if name.endswith(".safetensors"))
 
 
+CUT = """
+import os, sys
+from pathlib import Path
+from dgemma.errors import CheckpointError
+from dgemma_convert import source, stream
+from dgemma_convert.plan import make_plan
+source.SMALL = 0
+parts = stream.parts
+def cut(job):
+    os.truncate(Path(sys.argv[1], "model.safetensors"), 0)
+    return parts(job)
+stream.parts = cut
+plan, checkpoint = make_plan(Path(sys.argv[1]), "bf16")
+try:
+    stream.convert(plan, checkpoint, Path(sys.argv[2]))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_file_cut_short_under_an_open_tensor(tmp_path: Path) -> None:
+    """A map of it would end in SIGBUS, which nothing can catch."""
+    source = make_checkpoint(tmp_path / "in", small())
+    command = [sys.executable, "-c", CUT, str(source), str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, (result.returncode, result.stderr)
+    assert "model.safetensors: changed while it was converted" in result.stdout
+
+
 def test_a_source_that_changed_before_the_run(tmp_path: Path) -> None:
     """Headers are read when the plan is made; the files may be others when it is run."""
     source = make_checkpoint(tmp_path / "in", small())
@@ -122,7 +153,11 @@ def test_new_weights_are_not_mixed_with_old(tmp_path: Path, monkeypatch: pytest.
     assert resumed == digest(run(source, tmp_path / "wanted", "bf16"))
 
 
-@pytest.mark.parametrize("damage", [lambda f: os.truncate(f, 500), lambda f: f.write_bytes(b"x"), grow])
+def rename_a_tensor(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b"layernorm", b"layernoRm", 1))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, grow, rename_a_tensor])
 def test_a_shard_that_was_left_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
 ) -> None:
