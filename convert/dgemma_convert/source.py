@@ -151,7 +151,7 @@ def side_files(folder: Path, made: Iterable[str]) -> list[Path]:
     """The files of a folder that come along: no weights, nothing hidden, and none that is `made` anew.
 
     CheckpointError for a file that cannot be opened, and for a link that leads out of the folder, or nowhere:
-    what it leads to was not given to us. Links to blobs in the hub's cache pass, as a snapshot is nothing else.
+    what it leads to was not given to us. Links to blobs in the hub's cache pass: a snapshot is nothing else.
     """
     made = set(made)
     named = [name for name in listed(folder) if name[0] != "." and name not in made]

@@ -172,9 +172,10 @@ def _publish(place: Place) -> None:
     (work / STATE).unlink(missing_ok=True)
     _sync(work)
     try:
-        if target.exists():
+        if target.exists():  # an empty folder, whose rights stay; not every system renames over it
             os.chmod(work, stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
-        os.rename(work, target)  # over an empty folder too
+            os.rmdir(target)
+        os.rename(work, target)
     except OSError as error:
         raise ConfigError(
             f"{place.shown}: cannot be replaced ({error.strerror}) by {work}, which is finished; make way "

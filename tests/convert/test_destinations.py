@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(here))
     return here
+
+
+ANY_BYTES = sys.platform == "linux"  # macOS has no names that are no UTF-8
 
 
 def weights(found: dict[str, str]) -> dict[str, str]:
@@ -91,7 +95,7 @@ DONE: list[tuple[str, Callable[[Path], object]]] = [
     ("a [b]*?%s {c} ünï\u202e", nothing),
     ("-", nothing),
     ("two\nlines", nothing),
-    ("bytes \udcff\udc80", nothing),
+    *([("bytes \udcff\udc80", nothing)] if ANY_BYTES else []),
     *((("n" * length), nothing) for length in (237, 242, 247, 255)),
     ("ü" * 127, nothing),
     ("out", lambda here: (here / "out").mkdir()),
@@ -235,7 +239,6 @@ REFUSED: list[tuple[str, Callable[[Path], object], str]] = [
     ("no/../out", nothing, "no such folder to write to"),
     ("n" * 256, nothing, "File name too long"),
     ("n" * 250 + "/" + "n" * 250, nothing, "no such folder to write to"),
-    ("./" * 2000 + "n" * 200, nothing, ""),
     ("zero\0byte", nothing, "not a name"),
     ("half \ud800", nothing, "not a name"),
     ("/dev/null", nothing, "not a folder"),
@@ -280,11 +283,11 @@ def test_destinations_that_are_refused(
     prepare(here)
     before = tree(tmp_path)
     monkeypatch.setattr(stream, "_write_shard", lambda *_: pytest.fail("a shard was written"))
-    if fault:
-        refused(call(source, dest, "--to", "bf16"), fault)
+    refused(call(source, dest, "--to", "bf16"), fault)
     assert tree(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a path may have 4095 bytes there")
 def test_a_path_that_is_too_long_with_the_files_in_it(source: Path, here: Path) -> None:
     """The folder could be made, and its longest file could not."""
     deep = here

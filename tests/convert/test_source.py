@@ -228,7 +228,8 @@ def test_what_comes_along_and_what_is_left(source: Path, tmp_path: Path) -> None
         "plan.sha256",
         "hf_quant_config.json.bin",
     ]
-    come = ["README.md", "archive.zip", "n" * 255, "\udcff", "two\nlines", "model.safetensors.tmp", "-"]
+    come = ["README.md", "archive.zip", "n" * 255, "two\nlines", "model.safetensors.tmp", "-"]
+    come += ["\udcff"] * (sys.platform == "linux")
     for name in (*left, *come):
         (source / name).write_text(name, errors="surrogateescape")
     (source / "assets").mkdir()
@@ -399,14 +400,11 @@ def test_a_config_without_types_gets_none(tmp_path: Path) -> None:
     assert "dtype" not in made["text_config"]
 
 
-@pytest.mark.parametrize("shard_bytes", [100_000, 5_000_000_000])
-def test_transformers_reads_what_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
-) -> None:
+def test_transformers_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Types, the index with its record, and every weight of the text model, tensor by tensor."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers.models.diffusion_gemma")
-    monkeypatch.setattr("dgemma_convert.plan.SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr("dgemma_convert.plan.SHARD_BYTES", 100_000)
     config = small(dtype="float32") | {"dtype": "float32"}
     out = run(make_checkpoint(tmp_path / "in", config, dtype="F32"), tmp_path / "out", "bf16")
     made = transformers.DiffusionGemmaConfig.from_pretrained(out)
