@@ -16,7 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,7 @@ def _room(work: Path) -> Iterator[None]:
 def _resume(work: Path, state: str) -> None:
     """Keep what a run of the same plan has left, remove what any other has, after `check_leftovers`."""
     work.mkdir(exist_ok=True)
+    (work / TEMPORARY).unlink(missing_ok=True)
     file = work / STATE
     if file.exists() and file.read_bytes() == state.encode():
         return
@@ -151,9 +152,9 @@ def _resume(work: Path, state: str) -> None:
 
 def _check_room(plan: Plan, sides: Sequence[Path], work: Path) -> None:
     """CheckpointError if the disk has no room for what is still to be written."""
-    there = sum(path.lstat().st_size for path in work.glob("*.safetensors"))
-    needed = plan.nbytes + sum(path.stat().st_size for path in sides) - there
     try:
+        there = sum(path.lstat().st_size for path in work.glob("[!.]*"))
+        needed = plan.nbytes + sum(path.stat().st_size for path in sides) - there
         free = shutil.disk_usage(work.parent).free
     except OSError as error:
         raise ConfigError(
@@ -173,7 +174,8 @@ def _publish(place: Place) -> None:
     _sync(work)
     try:
         if target.exists():  # an empty folder, whose rights stay; not every system renames over it
-            os.chmod(work, stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
+            with suppress(OSError):  # a file system without rights
+                os.chmod(work, stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
             os.rmdir(target)
         os.rename(work, target)
     except OSError as error:
