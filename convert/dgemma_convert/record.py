@@ -33,6 +33,7 @@ BLOCK = 1 << 14  # bytes read at one place
 SOURCE_BLOCKS = 8192  # of all tensors of a source together, and at least one of each
 SHARD_BLOCKS = 1024  # of a shard's header, and of its data: 16 MB each
 FILE_BLOCKS = 16384  # of any other file: 256 MB
+FOREIGN = "exists and is not this conversion"
 _Span = tuple[int, int]  # offset and bytes
 
 
@@ -134,7 +135,7 @@ def fault(plan: Plan, source: str, folder: Path, sides: Sequence[Path]) -> str |
     config, own = _object(folder / "config.json"), _object(folder / INDEX)
     made = config.get("dgemma")
     if not isinstance(made, dict) or _unsourced(made) != _unsourced(plan.config["dgemma"]):
-        return "exists and is not this conversion"
+        return FOREIGN
     metadata = own.get("metadata")
     record = metadata.get("dgemma") if isinstance(metadata, dict) else None
     if not isinstance(record, dict) or not isinstance(files := record.get("files"), dict):

@@ -35,7 +35,7 @@ from .encode import cut, fields, parts
 from .lock import locked as _locked
 from .place import STATE, TEMPORARY, Place, check_leftovers, keep_apart, settle, try_out
 from .plan import Job, Plan, header
-from .record import facts, fault, index, names, source_digest, state_hash
+from .record import FOREIGN, facts, fault, index, names, source_digest, state_hash
 from .source import Watch, by_file, chunks, side_files, weight_files
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -75,7 +75,9 @@ def _is_done(plan: Plan, source: str, place: Place, sides: Sequence[Path]) -> bo
     if not place.occupied:
         return False
     if wrong := fault(plan, source, place.target, sides):
-        raise ConfigError(f"{place.shown}: {wrong}; remove the folder to convert again, or name another")
+        # Whatever else a folder holds, nobody is told to remove it.
+        advice = "name another folder" if wrong == FOREIGN else "remove it to convert again, or name another"
+        raise ConfigError(f"{place.shown}: {wrong}; {advice}")
     return True
 
 
