@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -10,14 +11,17 @@ from dgemma.checkpoint.hub import EVERY_FILE, resolve
 from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.progress import progress_bar, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma_convert.place import settle
 from dgemma_convert.plan import make_plan, report, text
 from dgemma_convert.stream import convert as run
+
+_PLANNED = ["config.json", "generation_config.json"]  # the files that a plan needs
 
 
 @click.command(cls=OneLine, context_settings=HELP)
 @click.argument("source")
-@click.argument("dest", required=False, type=click.Path(path_type=Path))
+@click.argument("dest", required=False)
 @click.option("--to", type=click.Choice(["mlx", "nvfp4", "bf16"]), required=True, help="Format to write.")
 @click.option(
     "--preset",
@@ -38,7 +42,7 @@ from dgemma_convert.stream import convert as run
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 def convert(
     source: str,
-    dest: Path | None,
+    dest: str | None,
     to: str,
     preset: str,
     settings: tuple[str, ...],
@@ -59,19 +63,32 @@ def convert(
         raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
     if plan_only or as_json:
         check_stdout()
-    files = ["config.json", "generation_config.json"] if plan_only else EVERY_FILE
-    plan, checkpoint = make_plan(resolve(source, files=files), to, preset, settings, source)
-    facts = report(plan)
     if plan_only or dest is None:
+        plan, _ = make_plan(resolve(source, files=_PLANNED), to, preset, settings, source)
+        facts = report(plan)
         if as_json:
             answer_json(facts)
         else:
             answer(text(facts))
         return
+    folder = _folder(dest)
+    settle(folder)  # a destination that cannot be is known before a download
+    plan, checkpoint = make_plan(resolve(source, files=EVERY_FILE), to, preset, settings, source)
     if checkpoint is None:
         raise CheckpointError(f"{source}: no .safetensors file here")
     with progress_bar(stderr_console(), "converting", in_bytes=True) as update:
-        written = run(plan, checkpoint, dest.expanduser(), update)
-    note(f"dgemma: {dest} {'is written' if written else 'was written before; nothing to do'}")
+        written = run(plan, checkpoint, folder, update)
+    shown = dest if dest.isprintable() else repr(dest)
+    note(f"dgemma: {shown} {'is written' if written else 'was written before; nothing to do'}")
     if as_json:
-        answer_json(facts | {"dest": str(dest)})
+        answer_json(report(plan) | {"dest": dest})
+
+
+def _folder(dest: str) -> Path:
+    """The folder that DEST names; ConfigError for no name, or the home of nobody here."""
+    folder = os.path.expanduser(dest)
+    if not folder:
+        raise ConfigError("an empty DEST; name the folder to write")
+    if folder.startswith("~"):
+        raise ConfigError(f"{dest}: no such user's home folder; for a folder of this name give ./{dest}")
+    return Path(folder)

@@ -89,8 +89,8 @@ prompt_options = _options(
         "--messages",
         type=_JSON_FILE,
         metavar="FILE",
-        help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}, as in a request '
-        'for OpenAI\'s chat API. "-" is stdin.',
+        help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}, as in '
+        'a request for OpenAI\'s chat API. "-" is stdin.',
     ),
     click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
     click.option(
