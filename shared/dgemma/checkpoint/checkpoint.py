@@ -96,8 +96,9 @@ class Checkpoint:
         return make_record(source, source.form, self.entries)
 
     def nbytes(self, name: str) -> int:
-        """Stored bytes of a parameter."""
-        return sum(self.entries[piece.name].nbytes for piece in self.sources[name].pieces)
+        """Stored bytes of a parameter, those that nothing reads included."""
+        names = (piece.name for piece in self.sources[name].pieces)
+        return sum(self.entries[name].nbytes for name in names if name in self.entries)
 
     def load(self, ops: Ops, progress: Progress | None = None) -> Weights:
         """The text model's weights on the device of `ops`.
