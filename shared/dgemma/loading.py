@@ -43,7 +43,9 @@ def load(
     if not generation.stop_ids:
         generation = replace(generation, stop_ids=_stop_ids(checkpoint, tokenizer))
         if not generation.stop_ids:
-            ops.notices.say(f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does")
+            ops.notices.say(
+                f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does"
+            )
     return Model(ops, checkpoint.config, generation, weights, tokenizer)
 
 

@@ -97,9 +97,9 @@ def read_generation_config(
     """GenerationConfig from the dictionary of generation_config.json; `data` is None without that file.
 
     `config` is the dictionary of config.json. Its own "generation_config" (mlx-community) stands in for
-    the file, and its eos_token_id for missing stop ids. `vocab_size` bounds those. Absent or null numbers take
-    the reference's defaults. ConfigError for a sampler other than the entropy-bound one, and for a value of
-    the wrong type or outside its range.
+    the file. Missing stop ids are taken from there, then from its eos_token_id, then from its text_config's.
+    `vocab_size` bounds them. Absent or null numbers take the reference's defaults. ConfigError for a sampler
+    other than the entropy-bound one, and for a value of the wrong type or outside its range.
     """
     config, beside = config or {}, str(Path(where).with_name("config.json"))
     embedded = config.get("generation_config")
@@ -121,7 +121,8 @@ def read_generation_config(
         max_new_tokens=top.size("max_new_tokens"),
         # The file wins: config.json's list lacks <|tool_response>, and a tool call would never end.
         stop_ids=_stop_ids(
-            [(given, where)] + [(x, beside) for x in (embedded, config, config.get("text_config"))], vocab_size
+            [(given, where)] + [(x, beside) for x in (embedded, config, config.get("text_config"))],
+            vocab_size,
         ),
     )
     try:

@@ -337,7 +337,16 @@ def announcement(written: Written) -> dict[str, Any]:
     return {key: value for key, value in written.config.items() if key.startswith("quantization")}
 
 
-FORMATS = ["affine", "mxfp4", "mxfp8", "nvfp4", "modelopt", "compressed nvfp4", "compressed fp8", "compressed int"]
+FORMATS = [
+    "affine",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "modelopt",
+    "compressed nvfp4",
+    "compressed fp8",
+    "compressed int",
+]
 PAIRS = [(says, has) for says in FORMATS for has in [*FORMATS, "plain"] if says != has]
 
 
@@ -415,7 +424,16 @@ def test_a_fused_stack_has_one_expert_too_many(tmp_path: Path) -> None:
 
 
 # Another type of the same width, so that nothing but the type is wrong.
-SWAPPED = {"U32": "I32", "I32": "U32", "I64": "F64", "U8": "I8", "F8_E4M3": "U8", "F32": "I32", "BF16": "I16", "F16": "U16"}
+SWAPPED = {
+    "U32": "I32",
+    "I32": "U32",
+    "I64": "F64",
+    "U8": "I8",
+    "F8_E4M3": "U8",
+    "F32": "I32",
+    "BF16": "I16",
+    "F16": "U16",
+}
 
 
 def test_any_wrong_type_is_named(layout: str, tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def int_linear(
 ) -> Matrix:
     """One linear of compressed-tensors' pack-quantized integers, symmetric.
 
-    An integer q of −2^(bits − 1) … 2^(bits − 1) − 1 is stored as q + 2^(bits − 1). 32/bits adjacent ones of a row
-    make one int32, the first in its lowest bits. Each `group` of inputs has a scale; None: each row has.
+    An integer q of −2^(bits − 1) … 2^(bits − 1) − 1 is stored as q + 2^(bits − 1). 32/bits adjacent ones of a
+    row make one int32, the first in its lowest bits. Each `group` of inputs has a scale; None: each row has.
     `weight_shape` is [O, I].
     """
     half = 2 ** (bits - 1)
@@ -521,10 +521,20 @@ def compressed_three(config: Mapping[str, Any]) -> Written:
     written = by_linear(config, lambda param: chosen.get(param.group))
     four = {"num_bits": 4, "type": "int", "group_size": 32.0, "strategy": "group", "actorder": "static"}
     eight = {"num_bits": 8, "type": "int", "group_size": -1, "strategy": "channel", "symmetric": True}
-    fp4 = {"num_bits": 4, "type": "float", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": None}
+    fp4 = {
+        "num_bits": 4,
+        "type": "float",
+        "group_size": 16,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": None,
+    }
     own = {
         "a": {"format": "pack-quantized", "targets": ["Linear"], "weights": four},
-        "b": {"format": "pack-quantized", "targets": [r"re:.*self_attn\.[qkvo]_proj$", "*.self_attn.*"], "weights": eight},
+        "b": {
+            "format": "pack-quantized",
+            "targets": [r"re:.*self_attn\.[qkvo]_proj$", "*.self_attn.*"],
+            "weights": eight,
+        },
         "c": {"format": "nvfp4-pack-quantized", "targets": ["re:.*experts.*"], "weights": fp4},
         "d": {"targets": ["re:.*self_attn"], "weights": None, "output_activations": {"num_bits": 8}},
     }

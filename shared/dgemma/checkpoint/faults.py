@@ -117,7 +117,7 @@ def _looks_quantized(entry: Entry) -> bool:
 
 
 def _foreign(sources: Sequence[Source], entries: Mapping[str, Entry]) -> Iterator[str]:
-    """Tensors that a quantization stores which no format here has, whether config.json announces it or not."""
+    """Tensors of a quantization that no format here has, whether config.json announces it or not."""
     known = {piece.name for source in sources for piece in source.pieces}
     unknown = [name for name in entries if name not in known and not is_skipped(name)]
     for what, pattern in _FOREIGN.items():

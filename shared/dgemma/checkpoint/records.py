@@ -73,7 +73,9 @@ def _middle(scales: Stored, form: Form) -> Stored:
     data = bf16_bits(values) if scales.dtype == "BF16" else values.astype(scales.data.dtype)
     biases = replace(scales, data=data)
     if not np.isfinite(biases.to_float32()).all():
-        raise CheckpointError(f"{scales.file}: tensor {scales.name!r} has scales that are too large or not finite")
+        raise CheckpointError(
+            f"{scales.file}: tensor {scales.name!r} has scales that are too large or not finite"
+        )
     return biases
 
 

@@ -1,10 +1,10 @@
 """What a checkpoint's config.json says, as frozen dataclasses. `dgemma.settings` reads the sampler's file.
 
 Only this module reads the Hugging Face dictionary. The reference's class defaults differ from the released
-values, so a missing key is an error and no default: a wrong window or head size would still produce text, only
-worse. Two keys are excepted, because the reference's default is the released value and its own files may lack
-the key: `canvas_length` and `final_logit_softcapping`. The full-attention geometry has two published spellings,
-`global_head_dim` and `per_layer_config`. Both are accepted; where both are, the second holds.
+values, so a missing key is an error and no default: a wrong window or head size would still produce text,
+only worse. Two keys are excepted, `canvas_length` and `final_logit_softcapping`: the reference's default is the
+released value, and its own files may lack the second. The full-attention geometry has two published
+spellings, `global_head_dim` and `per_layer_config`. Both are accepted; where both are, the second holds.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _limited(reader: Reader, key: str, most: int) -> int:
 
 
 def _softcap(text: Reader) -> float | None:
-    """The cap of logits: null is none, and a missing key the reference's default, which its files leave out."""
+    """The cap of logits, None for null. The reference leaves the key out of its files for its default."""
     key = "final_logit_softcapping"
     return None if text.get(key, (int, float, type(None)), 30.0) is None else text.positive(key, 30.0)
 
@@ -179,7 +179,9 @@ def _layer_types(text: Reader) -> list[str]:
         if kind not in (SLIDING, FULL):
             raise ConfigError(f"{text.where}: layer_types has the unknown entry {reprlib.repr(kind)}")
     if kinds[-1] != FULL:  # the reference makes it a full one, with a warning
-        raise ConfigError(f"{text.where}: layer_types ends with {kinds[-1]!r}; the last layer must be {FULL!r}")
+        raise ConfigError(
+            f"{text.where}: layer_types ends with {kinds[-1]!r}; the last layer must be {FULL!r}"
+        )
     return kinds
 
 
@@ -233,7 +235,8 @@ def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) 
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
     `own` is None in a file without per_layer_config: the full layers' key must be there then, and null means
-    the common value. Beside that table it is not read, as in the reference: entries leave out the common value.
+    the common value. Beside that table it is not read, as in the reference: entries leave out the common
+    value.
     """
     if own is not None:
         return own.size(key) if key in own.data else text.size(key)

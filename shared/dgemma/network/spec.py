@@ -19,8 +19,8 @@ from dgemma.network.config import Config, LayerConfig, VisionConfig
 # The classes of weights in presets, memory estimates and reports.
 GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning", "norm", "vision")
 
-# Some exports store these, though they repeat another tensor or are computed. They are skipped by name, and so
-# are scales of an 8-bit KV cache: this one holds the compute type.
+# Some exports store these, though they repeat another tensor or are computed. They are skipped by name, as
+# are the scales of an 8-bit KV cache: ours holds the compute type.
 _SKIPPED = re.compile(
     r"lm_head\.\w+"
     r"|model\.encoder\.language_model\.(embed_tokens|norm)\.\w+"

@@ -30,5 +30,7 @@ def detect(announcement: Mapping[str, Any] | None, where: str, names: Collection
     if method in (None, "mlx") and "bits" in announcement:
         return MlxLayout(announcement, where, names)
     if method is None:
-        raise unsupported(where, "a method that it does not name: there is no quant_method, and no bits of MLX's")
+        raise unsupported(
+            where, "a method that it does not name: there is no quant_method, and no bits of MLX's"
+        )
     raise unsupported(where, f"quant_method {reprlib.repr(method)}")

@@ -11,8 +11,8 @@ from typing import Any
 from dgemma.errors import CheckpointError
 
 SUPPORTED = (
-    "MLX (affine, mxfp4, mxfp8, nvfp4), ModelOpt NVFP4, and compressed-tensors NVFP4, FP8 with a scale a row and "
-    "packed symmetric integers of 4 or 8 bits"
+    "MLX (affine, mxfp4, mxfp8, nvfp4), ModelOpt NVFP4, and compressed-tensors NVFP4, FP8 with a scale a row "
+    "and packed symmetric integers of 4 or 8 bits"
 )
 
 # Keys whose value changes what stored weights mean, or what they are multiplied with.
@@ -33,7 +33,7 @@ def unsupported(where: str, what: str) -> CheckpointError:
 
 
 def refuse_changes(announcement: Mapping[str, Any], where: str, method: str) -> None:
-    """CheckpointError for an announced rotation, sparsity, zero point, or scale of inputs: none is computed."""
+    """CheckpointError for an announced rotation, sparsity, zero point or scale of inputs: none is read."""
     for key, value in _entries(announcement):
         if not _CHANGES.search(key.lower()) or not _says_something(value):
             continue
@@ -89,8 +89,6 @@ class Patterns:
     def match(self, path: str) -> bool:
         """Whether a pattern names a module, one around it, or the tail of either."""
         parts = path.split(".")
-        names = {
-            ".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(0, end)
-        }
+        names = {".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(0, end)}
         wild = self._wild
         return not self._plain.isdisjoint(names) or (wild is not None and any(map(wild.match, names)))

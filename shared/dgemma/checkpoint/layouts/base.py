@@ -27,7 +27,8 @@ class Piece:
     """One stored tensor: the record's field `role`, or the part of it at `place`.
 
     Roles are the fields of `Quantized`, "value" for a tensor that is not quantized, and "unused" for one that
-    this program does not need: it may be missing. The first of `dtypes` and `shapes` is written; all of them are read.
+    this program does not need and that may be missing. The first of `dtypes` and `shapes` is written; all of
+    them are read.
     """
 
     name: str

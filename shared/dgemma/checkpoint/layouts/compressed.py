@@ -1,4 +1,4 @@
-"""compressed-tensors' layouts (RedHatAI): NVFP4 with a global scale that divides, FP8 with scales of rows, and
+"""compressed-tensors' layouts (RedHatAI): NVFP4 with a global scale that divides, FP8 with scales of rows,
 symmetric integers.
 
     nvfp4-pack-quantized: weight_packed U8 [O, I/2], weight_scale F8_E4M3 [O, I/16],
@@ -97,7 +97,9 @@ class CompressedLayout(Layout):
             return f"{path}.weight_scale" in self.names and not packed
         # Where both packed kinds are announced, the global scale tells them apart.
         both = {"nvfp4", "int"} <= {own.kind for own in self.groups}
-        return packed and (not both or (f"{path}.weight_global_scale" in self.names) == (group.kind == "nvfp4"))
+        return packed and (
+            not both or (f"{path}.weight_global_scale" in self.names) == (group.kind == "nvfp4")
+        )
 
     def pieces(self, param: Param, form: Form | None) -> Iterator[Piece]:
         group = self._group(param)
@@ -180,11 +182,15 @@ def _group(entry: Any, announcement: Mapping[str, Any], where: str) -> _Group | 
     if not isinstance(weights, Mapping):
         raise unsupported(where, f"an unreadable compressed-tensors group {reprlib.repr(entry)}")
     kind = _kind(entry.get("format") or announcement.get("format"), where)
-    found = {key: whole(weights.get(key)) for key in ("num_bits", "type", "strategy", "group_size", "symmetric")}
+    found = {
+        key: whole(weights.get(key)) for key in ("num_bits", "type", "strategy", "group_size", "symmetric")
+    }
     for key, values in {**_WANTED[kind], "symmetric": (True, None)}.items():
         if found[key] not in values:
             raise unsupported(where, f"compressed-tensors {key} {reprlib.repr(found[key])}")
-    size = None if found["group_size"] in (-1, None) or found["strategy"] == "channel" else found["group_size"]
+    size = (
+        None if found["group_size"] in (-1, None) or found["strategy"] == "channel" else found["group_size"]
+    )
     if kind == "int" and found["strategy"] == "group" and size is None:
         raise unsupported(where, "compressed-tensors groups without a group_size")
     targets = [_wildcard(target) for target in strings(entry.get("targets"), where, "targets")]

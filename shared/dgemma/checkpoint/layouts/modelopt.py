@@ -2,10 +2,10 @@
 
     weight U8 [O, I/2]  weight_scale F8_E4M3 [O, I/16]  weight_scale_2 F32 []  input_scale F32 []
 
-The input scale is for calibrated 4-bit activations, which this program does not have: it may be missing, and is
-checked and left unread. config.json ("ignore") or hf_quant_config.json ("exclude_modules") lists the excluded
-modules. Other experts must be quantized, as the format is made for them. The tensors decide for all remaining
-modules, because exporters write their lists in several dialects.
+The input scale is for calibrated 4-bit activations, which this program does not have: it is checked and left
+unread, and may be missing. config.json ("ignore") or hf_quant_config.json ("exclude_modules") lists the
+excluded modules. Other experts must be quantized, as the format is made for them. The tensors decide for all
+remaining modules, because exporters write their lists in several dialects.
 """
 
 from __future__ import annotations
