@@ -8,7 +8,7 @@ from pathlib import Path
 from dgemma.backends import choose, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
-from dgemma.files import Progress, load_json
+from dgemma.files import MAX_SIZE, Progress, load_json
 from dgemma.model import Model
 from dgemma.network.ops import Notices
 from dgemma.text.tokenizer import Tokenizer
@@ -56,6 +56,6 @@ def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int,
     path = checkpoint.folder / "tokenizer_config.json"
     eos = load_json(path).get("eos_token") if path.exists() else None
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    names = [eos, "<turn|>", "<|tool_response>"]
-    ids = [tokenizer.raw.token_to_id(name) for name in names if isinstance(name, str)]
-    return tuple(id for id in ids if id is not None and id < checkpoint.config.vocab_size)
+    known = tokenizer.raw.get_vocab()
+    names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
+    return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < checkpoint.config.vocab_size)

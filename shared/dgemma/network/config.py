@@ -2,8 +2,8 @@
 
 Only this module reads the Hugging Face dictionary. The reference's class defaults differ from the released
 values, so a missing key is an error and no default: a wrong window or head size would still produce text,
-only worse. Two keys are excepted, `canvas_length` and `final_logit_softcapping`: the reference's default is the
-released value, and its own files may lack the second. The full-attention geometry has two published
+only worse. Two keys are excepted, `canvas_length` and `final_logit_softcapping`: the reference's default is
+the released value, and its own files may lack the second. The full-attention geometry has two published
 spellings, `global_head_dim` and `per_layer_config`. Both are accepted; where both are, the second holds.
 """
 
@@ -234,15 +234,15 @@ def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) 
 def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) -> int:
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
-    `own` is None in a file without per_layer_config: the full layers' key must be there then, and null means
-    the common value. Beside that table it is not read, as in the reference: entries leave out the common
-    value.
+    `own` is None in a file without per_layer_config: the full layers' key must be there then, and a null
+    number of KV heads means the common one. Beside that table it is not read, as in the reference: entries
+    leave out the common value.
     """
     if own is not None:
         return own.size(key) if key in own.data else text.size(key)
-    if full_key and text.get(full_key, (int, type(None))) is not None:
-        return text.size(full_key)
-    return text.size(key)
+    if full_key == "num_global_key_value_heads" and text.get(full_key, (int, type(None))) is None:
+        return text.size(key)
+    return text.size(full_key or key)
 
 
 def _vision(top: Reader) -> VisionConfig | None:
