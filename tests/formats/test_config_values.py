@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from transformers import DiffusionGemmaConfig
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRotaryEmbedding
 
+import dgemma
 from dgemma.errors import ConfigError, DgemmaError
-from dgemma.loading import load
 from dgemma.network.build import rope_frequencies
 from dgemma.network.config import Config, read_config
 from dgemma.network.ops import Notices
@@ -170,7 +170,6 @@ def test_values_that_are_taken(key: str) -> None:
 REFUSED: dict[str, dict[str, Any]] = {
     "rope_scaling": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.25},
-    "layer_types ends with": {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
     "layer 3 has two entries": {"per_layer_config": {"3": {"head_dim": 64}, "03": {"head_dim": 32}}},
     "'num_hidden_layers' is 1,001; at most 1,000": {"num_hidden_layers": 1001},
     "'num_experts' is 10,001; at most 10,000": {"num_experts": 10_001},
@@ -193,6 +192,14 @@ def test_the_default_rotation_has_no_factor() -> None:
     for kind in ("sliding_attention", "full_attention"):
         data = copy.deepcopy(BASE)
         data["text_config"]["rope_parameters"][kind]["factor"] = 8.0
+        mine, other = read(data), theirs(data)
+        assert mine is not None and other is not None and same(ours(mine), other)
+
+
+def test_the_last_layer_is_a_full_one() -> None:
+    """Whatever the file says of it, as transformers has it; tensors of a sliding one are an error then."""
+    for kinds in (["sliding_attention"] * 4, ["full_attention"] * 3 + ["sliding_attention"]):
+        data = changed(BASE, ("text_config", "layer_types"), kinds)
         mine, other = read(data), theirs(data)
         assert mine is not None and other is not None and same(ours(mine), other)
 
@@ -315,7 +322,7 @@ def without_stop_ids(folder: Path, tokenizer: Callable[[Path], None]) -> tuple[G
     (folder / "generation_config.json").write_text(json.dumps(own))
     tokenizer(folder)
     notices = Said()
-    return load(folder, backend="numpy", notices=notices).generation, notices.texts
+    return dgemma.load(folder, backend="numpy", notices=notices).generation, notices.texts
 
 
 def test_the_tokenizer_says_where_a_reply_ends(tmp_path: Path) -> None:

@@ -178,11 +178,8 @@ def _layer_types(text: Reader) -> list[str]:
     for kind in kinds:
         if kind not in (SLIDING, FULL):
             raise ConfigError(f"{text.where}: layer_types has the unknown entry {reprlib.repr(kind)}")
-    if kinds[-1] != FULL:  # the reference makes it a full one, with a warning
-        raise ConfigError(
-            f"{text.where}: layer_types ends with {kinds[-1]!r}; the last layer must be {FULL!r}"
-        )
-    return kinds
+    # The reference makes the last layer a full one, whatever the file says of it.
+    return [*kinds[:-1], FULL]
 
 
 def _per_layer(text: Reader) -> dict[int, Reader] | None:

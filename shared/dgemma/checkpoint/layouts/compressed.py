@@ -115,7 +115,7 @@ class CompressedLayout(Layout):
             if form == FP8:
                 yield Piece(f"{path}.weight", "codes", ("F8_E4M3",), ((rows, inputs),), place)
                 yield Piece(f"{path}.weight_scale", "factor", FLOATS, whole_row, place)
-                yield Piece(f"{path}.input_scale", "unused", FLOATS, ((1,), ()), place)
+                yield Piece(f"{path}.input_scale", "unused", ("F32", "BF16", "F16"), ((1,), ()), place)
                 continue
             words = (rows, inputs * form.bits // 32)
             scales = ((rows, inputs // form.group),) if group.size else whole_row
