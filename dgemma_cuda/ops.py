@@ -282,12 +282,12 @@ class CudaOps(Ops):
         self,
         h: Array,
         table: Array,
-        softcap: float,
+        softcap: float | None,
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
-        if not self._has_kernel(table):
+        if softcap is None or not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)

@@ -193,9 +193,9 @@ def _factored(target: Target, source: Source, forms: Mapping[str, Form | None]) 
 
 
 def _dtype(piece: Piece, source: Source, form: Form | None, checkpoint: Checkpoint | None) -> str:
-    """The type to write a tensor in: float scales that pass through keep theirs."""
+    """The type to write a tensor in: float scales that pass through keep theirs, and biases have the same."""
     if form == source.form and piece.role in ("scales", "biases") and checkpoint is not None:
-        own = next(p.name for p in source.pieces if p.role == piece.role)
+        own = next(p.name for p in source.pieces if p.role == "scales")
         if (dtype := checkpoint.entries[own].dtype) in piece.dtypes:
             return dtype
     return piece.dtypes[0]

@@ -274,7 +274,7 @@ def _convert(
         for output in job.outputs:
             if (piece := cut(output, made, start, stop)) is not None:
                 offset, data = piece
-                if output.role == "unused" and output.name in checkpoint.entries:
+                if output.role == "unused" and job.kept and output.name in checkpoint.entries:
                     data = checkpoint.entries[output.name].read().data  # a calibrated scale, no use to us
                 raw = data.tobytes()
                 _write_at(handle, offsets[output.name] + offset, raw)

@@ -23,6 +23,11 @@ TEXT_BYTES = (
 _POINTER = "version https://git-lfs.github.com/spec/"
 
 
+def whole(value: Any) -> Any:
+    """A float without a fraction as the integer that it is, as writers of JSON spell 256.0; else `value`."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Reader:
     """Typed access to a dictionary of a file. Errors name the file and the key."""
 
@@ -37,8 +42,8 @@ class Reader:
             if default is ...:
                 raise ConfigError(f"{self.where}: missing key {key!r}")
             return default
-        value = self.data[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        value = whole(self.data[key]) if int in kinds and float not in kinds else self.data[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
             raise self.unusable(key)
         return value

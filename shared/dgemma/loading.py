@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from dgemma.backends import choose, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
-from dgemma.files import Progress
+from dgemma.files import MAX_SIZE, Progress, load_json
 from dgemma.model import Model
 from dgemma.network.ops import Notices
 from dgemma.text.tokenizer import Tokenizer
@@ -38,4 +39,23 @@ def load(
     # The files come first, as a framework takes seconds to import.
     ops = make_ops(backend, dtype, device, activations, notices)
     weights = checkpoint.load(ops, progress)
-    return Model(ops, checkpoint.config, checkpoint.generation, weights, tokenizer)
+    generation = checkpoint.generation
+    if not generation.stop_ids:
+        generation = replace(generation, stop_ids=_stop_ids(checkpoint, tokenizer))
+        if not generation.stop_ids:
+            ops.notices.say(
+                f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does"
+            )
+    return Model(ops, checkpoint.config, generation, weights, tokenizer)
+
+
+def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end a reply by the tokenizer's files: for a checkpoint whose configuration names none."""
+    if tokenizer is None:
+        return ()
+    path = checkpoint.folder / "tokenizer_config.json"
+    eos = load_json(path).get("eos_token") if path.exists() else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    known = tokenizer.raw.get_vocab()
+    names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
+    return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < checkpoint.config.vocab_size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from dgemma.errors import ConfigError
-from dgemma.files import MAX_SIZE, Reader
+from dgemma.files import MAX_SIZE, Reader, whole
 
 
 class Range(NamedTuple):
@@ -156,12 +157,15 @@ def read_generation_config(
     """GenerationConfig from the dictionary of generation_config.json; `data` is None without that file.
 
     `config` is the dictionary of config.json. Its own "generation_config" (mlx-community) stands in for
-    the file, its eos_token_id for missing stop ids. `vocab_size` bounds those. Absent or null numbers take
-    the reference's defaults. ConfigError for a sampler other than the entropy-bound one, and for a value of
-    the wrong type or outside its range.
+    the file. Missing stop ids are taken from there, then from its eos_token_id, then from its text_config's.
+    `vocab_size` bounds them. Absent or null numbers take the reference's defaults. ConfigError for a sampler
+    other than the entropy-bound one, and for a value of the wrong type or outside its range.
     """
-    config = config or {}
-    given = Reader(data if data is not None else config.get("generation_config") or {}, where).data
+    config, beside = config or {}, str(Path(where).with_name("config.json"))
+    embedded = config.get("generation_config")
+    if data is None:
+        data, where = embedded or {}, f"{beside}: generation_config"
+    given = Reader(data, where).data
     top = Reader(_SAMPLER_DEFAULTS | {k: v for k, v in given.items() if v is not None}, where)
     sampler = top.sub("sampler_config")
     name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
@@ -176,7 +180,10 @@ def read_generation_config(
         confidence=top.number("confidence_threshold"),
         max_new_tokens=top.size("max_new_tokens"),
         # The file wins: config.json's list lacks <|tool_response>, and a tool call would never end.
-        stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
+        stop_ids=_stop_ids(
+            [(given, where)] + [(x, beside) for x in (embedded, config, config.get("text_config"))],
+            vocab_size,
+        ),
     )
     try:
         return result._checked()
@@ -184,8 +191,11 @@ def read_generation_config(
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _stop_ids(stops: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+def _stop_ids(places: Iterable[tuple[Any, str]], vocab_size: int) -> tuple[int, ...]:
+    """The eos_token_id of the first of these objects, each with its file, that has any; () if none has."""
+    found = ((x.get("eos_token_id"), where) for x, where in places if isinstance(x, Mapping))
+    stops, where = next(((stops, where) for stops, where in found if stops not in (None, [])), ([], ""))
+    stop_ids = tuple(whole(stop) for stop in (stops if isinstance(stops, list) else [stops]))
     for stop in stop_ids:
         if type(stop) is not int or not 0 <= stop < vocab_size:
             shown = reprlib.repr(stop)
