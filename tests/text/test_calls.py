@@ -251,19 +251,19 @@ def objects(keys: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(keys, values, max_size=5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=objects(BARE))
 def test_bare_keys_come_back(value: dict[str, Any]) -> None:
     assert read_call("call:f" + written(value)).arguments == value
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=objects(TEXT))
 def test_quoted_keys_come_back(value: dict[str, Any]) -> None:
     assert read_call("call:f" + written(value, "quoted")).arguments == value
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=objects(TEXT), indent=st.sampled_from([None, 1]), ascii=st.booleans(), twice=st.booleans())
 def test_json_comes_back(value: dict[str, Any], indent: int | None, ascii: bool, twice: bool) -> None:
     """As it is, and pasted inside further braces."""
@@ -296,7 +296,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(text=st.lists(st.sampled_from(PIECES), max_size=24).map("".join))
 def test_noise_is_read_as_json_or_refused(text: str) -> None:
     try:

@@ -34,7 +34,7 @@ def mapped(name: str, draws: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(draws=st.lists(st.integers(0, 999), max_size=24), cuts=st.lists(st.integers(0, 24), max_size=6))
 def test_pieces_are_the_whole(name: str, draws: list[int], cuts: list[int]) -> None:
     ids = mapped(name, draws)
