@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma.files import file_size, quoted, reason
 from dgemma.formats.stored import Stored
 
 # The NumPy type of each type of the format. Types that NumPy lacks are raw integers of their width.
@@ -41,6 +43,10 @@ DTYPES = {
 }
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+# The released model has 50,000 if each matrix of an expert is a record of its own. As objects of Python take
+# thirty times the bytes of their text, their number is limited, too.
+MAX_TENSORS = 500_000
+MAX_NAME = 1000  # letters
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,13 @@ class Entry:
         return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
 
     def read(self) -> Stored:
-        """The tensor over its own memory map, which is released with it; nothing is copied."""
+        """The tensor over its own memory map, which is released with it; nothing is copied.
+
+        CheckpointError if the file is gone or has become shorter. If the file is cut, or its disk fails,
+        while the map is in use, the system ends the process (SIGBUS), which Python cannot catch.
+        """
         kind = np.dtype(DTYPES[self.dtype])
+        _size(self.file)
         try:
             # The operating system refuses a map of no bytes.
             data = (
@@ -70,6 +81,13 @@ class Entry:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read ({error})") from None
         return Stored(self.name, self.dtype, self.shape, np.asarray(data), self.file)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file_size(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_header(file: Path) -> list[Entry]:
@@ -88,6 +106,7 @@ def read_header(file: Path) -> list[Entry]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header, the start of the data, and the file's size."""
+    _size(file)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -95,7 +114,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             length = _header_length(file, prefix, size)
             raw = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)})") from None
+    if raw.count(b"{") > MAX_TENSORS or raw.count(b"[") > 2 * MAX_TENSORS:
+        raise CheckpointError(f"{file}: not a safetensors file of a model: more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -118,15 +139,16 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; ValueError for a key that occurs twice, as `json` would keep the last."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} occurs twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{quoted(twice)} occurs twice")
     return found
 
 
 def _entry(file: Path, name: str, fact: Any, start: int) -> Entry:
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{file}: a tensor with a name of {len(name):,} letters: {quoted(name)}")
     where = f"{file}: tensor {name!r}"
     if not isinstance(fact, dict):
         raise CheckpointError(f"{where}: unreadable entry {reprlib.repr(fact)}")
