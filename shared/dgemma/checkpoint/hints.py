@@ -33,9 +33,9 @@ def misplaced(folder: Path) -> str | None:
     None for a folder that has one, and for a folder of which nothing can be said. ConfigError if the folder
     cannot be read.
     """
-    inside = names(folder)
     if exists(folder / _CONFIG):
         return None
+    inside = names(folder)
     if text := _cached(folder):
         return text
     below = [folder / name for name in _folders(folder, inside) if os.path.isfile(folder / name / _CONFIG)]
@@ -55,6 +55,11 @@ def foreign(folder: Path) -> str | None:
     for name in _folders(folder, inside):
         with suppress(ConfigError):
             files += [f"{name}/{file}" for file in names(folder / name)]
+    return foreign_names(files)
+
+
+def foreign_names(files: Sequence[str]) -> str | None:
+    """What files of these names are if they are another program's; None for others."""
     if found := next((name for name in files if is_adapter(name)), None):
         return f"{found} belongs to an adapter, which is no whole model; merge it into its base model"
     for endings, text in _FOREIGN:

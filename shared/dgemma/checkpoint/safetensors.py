@@ -49,6 +49,10 @@ MAX_TENSORS = 500_000
 MAX_NAME = 1000  # letters
 
 
+class TruncatedError(CheckpointError):
+    """A file that ends before its tensors do."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor lies: `offset` in bytes from the start of `file`."""
@@ -131,7 +135,7 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
         raise CheckpointError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull`")
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
-        raise CheckpointError(f"{file}: truncated, or not a safetensors file: {size} bytes end in its header")
+        raise TruncatedError(f"{file}: truncated, or not a safetensors file: {size} bytes end in its header")
     if length > MAX_HEADER:
         raise CheckpointError(f"{file}: not a safetensors file: a header of {length} bytes")
     return length
@@ -183,7 +187,7 @@ def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> No
             raise CheckpointError(f"{file}: tensor {entry.name!r} {fault}")
         end += entry.nbytes
         if end > size:
-            raise CheckpointError(
+            raise TruncatedError(
                 f"{file}: truncated: tensor {entry.name!r} ends at byte {end} of {size}; download it again"
             )
     if end < size:
