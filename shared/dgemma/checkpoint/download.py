@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from dgemma.network.ops import Notices
@@ -96,7 +96,7 @@ def patiently(repo: str, notices: Notices, attempt: Any) -> Any:
             if waited + pause > MOST_WAIT:
                 raise
             notices.say(f"{repo!r}: the hub is busy ({status}); trying again in {pause:.0f} s")
-            time.sleep(pause)
+            sleep(pause)
             waited += pause
     raise AssertionError
 
@@ -175,6 +175,8 @@ def _explained(repo: str, revision: str | None, error: BaseException) -> Failure
             text += f"; try again in {pause:.0f} s" if pause else "; try again later"
     if text is None and _is_transport(error):
         return Failure(f"the hub cannot be reached ({_short(error)}), try again", error, offline=True)
+    if text is None and isinstance(error, OSError) and error.errno is not None:  # of the disk
+        text = f"the cache cannot be written ({error.strerror}); make room there, or name another in HF_HOME"
     if text is None:
         text = f"download failed ({_short(error)}); try again: what has arrived is kept"
     return Failure(text, error)

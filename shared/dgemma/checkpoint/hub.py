@@ -133,15 +133,15 @@ def _without(repo: str, revision: str | None, files: Sequence[str], failure: dow
 
 def _check_listing(repo: str, listed: Sequence[str], files: Sequence[str]) -> None:
     """CheckpointError if the hub's repository is none of a checkpoint of ours; nothing is downloaded then."""
-    here = [name for name in listed if "/" not in name]
-    for ending in ("config.json", ".safetensors"):
-        if matches(ending if ending[0] != "." else f"a{ending}", files) and not any(
-            name.endswith(ending) for name in here
-        ):
-            hint = foreign_names(listed)
-            raise CheckpointError(
-                f"{repo!r}: the hub's files have no {ending}" + (f": {hint}" if hint else "")
-            )
+    weights = any(matches(name, ["*.safetensors"]) for name in listed)
+    lacks = None
+    if "config.json" not in listed:
+        lacks = "config.json"
+    elif matches(SINGLE, files) and not weights:
+        lacks = ".safetensors file"
+    if lacks:
+        hint = foreign_names(listed)
+        raise CheckpointError(f"{repo!r}: no {lacks} among the hub's files" + (f": {hint}" if hint else ""))
 
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:

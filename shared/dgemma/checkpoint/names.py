@@ -42,11 +42,11 @@ def hub_id(model: str | Path) -> tuple[str, str | None]:
 
 def _link(name: str) -> str | None:
     """The id that a link holds; None for what is no link."""
-    scheme, _, rest = name.partition("://")
-    if not rest:  # a browser's address line leaves https:// out
-        if not name.lower().startswith(tuple(f"{host}/" for host in _hosts())):
+    scheme, mark, rest = name.strip().partition("://")
+    if not mark:  # a browser's address line leaves https:// out
+        if not scheme.lower().startswith(tuple(f"{host}/" for host in _hosts())):
             return None
-        scheme, rest = "https", name
+        scheme, rest = "https", scheme
     if scheme.lower() == "hf":
         parts = [part for part in rest.split("/") if part]
         return _model(name, parts[parts[:1] == ["models"] :], "hf")
@@ -65,7 +65,11 @@ def _link(name: str) -> str | None:
 
 
 def _hosts() -> set[str]:
-    own = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
+    """The hub's hosts: its own, and that of another one if HF_ENDPOINT names it."""
+    try:
+        own = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
+    except ValueError:
+        own = None
     return {*_HOSTS, *([own] if own else [])}
 
 
