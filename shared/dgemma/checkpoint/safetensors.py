@@ -42,10 +42,12 @@ DTYPES = {
     "I64": "<i8",
 }
 
+_WIDTHS = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()}  # bytes
+
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 # The released model has 50,000 if each matrix of an expert is a record of its own. As objects of Python take
 # thirty times the bytes of their text, their number is limited, too.
-MAX_TENSORS = 500_000
+MAX_TENSORS = 200_000
 MAX_NAME = 1000  # letters
 
 
@@ -65,7 +67,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        return prod(self.shape) * _WIDTHS[self.dtype]
 
     def read(self) -> Stored:
         """The tensor over its own memory map, which is released with it; nothing is copied.
@@ -153,29 +155,31 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(file: Path, name: str, fact: Any, start: int) -> Entry:
     if len(name) > MAX_NAME:
         raise CheckpointError(f"{file}: a tensor with a name of {len(name):,} letters: {quoted(name)}")
-    where = f"{file}: tensor {name!r}"
     if not isinstance(fact, dict):
-        raise CheckpointError(f"{where}: unreadable entry {reprlib.repr(fact)}")
+        raise _unusable(file, name, f"unreadable entry {reprlib.repr(fact)}")
     dtype, shape, offsets = fact.get("dtype"), fact.get("shape"), fact.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {reprlib.repr(dtype)}")
+        raise _unusable(file, name, f"unknown dtype {reprlib.repr(dtype)}")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: unusable shape {reprlib.repr(shape)}")
+        raise _unusable(file, name, f"unusable shape {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: unusable data_offsets {reprlib.repr(offsets)}")
+        raise _unusable(file, name, f"unusable data_offsets {reprlib.repr(offsets)}")
     entry = Entry(name, dtype, tuple(shape), file, start + offsets[0])
     if entry.nbytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {entry.nbytes} bytes, data_offsets {offsets} hold another number"
-        )
+        takes = f"{dtype} {shape} takes {entry.nbytes} bytes"
+        raise _unusable(file, name, f"{takes}, data_offsets {offsets} hold another number")
     return entry
+
+
+def _unusable(file: Path, name: str, fault: str) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name!r}: {fault}")
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of a few non-negative integers; True is none."""
-    return (
-        isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
-    )
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return all([type(n) is int and 0 <= n < 2**63 for n in value])  # a list: quicker than a generator
 
 
 def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> None:
