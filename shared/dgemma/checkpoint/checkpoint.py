@@ -25,7 +25,7 @@ from dgemma.checkpoint.layouts.base import Layout, Source
 from dgemma.checkpoint.records import make_record
 from dgemma.checkpoint.safetensors import Entry
 from dgemma.errors import CheckpointError
-from dgemma.files import Progress, load_json
+from dgemma.files import Progress, exists, load_json
 from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
 from dgemma.network.build import build, constants
@@ -62,7 +62,7 @@ class Checkpoint:
         raw = load_json(path)
         config = read_config(raw, str(path))
         path = folder / "generation_config.json"
-        own = load_json(path) if path.exists() else None
+        own = load_json(path) if exists(path) else None
         generation = read_generation_config(own, config.vocab_size, str(path), raw)
         announcement, announcer = find_announcement(folder, config)
         where, entries = find_tensors(folder)

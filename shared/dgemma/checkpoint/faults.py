@@ -12,7 +12,7 @@ from dgemma.checkpoint.layouts.announced import SUPPORTED
 from dgemma.checkpoint.layouts.base import Layout, Piece, Source
 from dgemma.checkpoint.safetensors import Entry
 from dgemma.errors import CheckpointError
-from dgemma.files import load_json
+from dgemma.files import exists, load_json
 from dgemma.network.config import Config
 from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
 
@@ -44,7 +44,7 @@ def find_announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] |
     Older ModelOpt exports announce it only in hf_quant_config.json.
     """
     path = folder / HF_QUANT_CONFIG
-    if config.quantization is not None or not path.exists():
+    if config.quantization is not None or not exists(path):
         return config.quantization, str(folder / "config.json")
     own = load_json(path).get("quantization")
     if not isinstance(own, Mapping):
