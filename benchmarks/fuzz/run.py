@@ -17,7 +17,7 @@ SECONDS = 60.0  # that a case may take; the bounds of a template are 5 of them
 def run(
     cases: int, seed: int = 0, progress: Callable[[int, int], None] | None = None, first: int = 0
 ) -> list[dict[str, Any]]:
-    """The results of `cases` cases from number `first` on. A worker that dies or hangs is a fault of its case."""
+    """The results of `cases` cases from number `first` on. A worker that ends before is a fault."""
     results: list[dict[str, Any]] = []
     end = first + cases
     while (start := first + len(results)) < end:

@@ -16,7 +16,7 @@ from dgemma.view.terminal import PlainScreen, TerminalScreen, View, follow, scre
 from tests.checkpoints import SMALL_GENERATION
 
 RAW = build_tokenizer()
-TOKENIZER = Tokenizer(RAW, {}, "tiny")
+TOKENIZER = Tokenizer(RAW, None, "tiny")
 CONFIG = read_generation_config(SMALL_GENERATION, RAW.get_vocab_size())
 SPELLING = Spelling(TOKENIZER, CONFIG.stop_ids)
 EOS, TURN_END = 1, 106

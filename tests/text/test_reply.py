@@ -36,7 +36,7 @@ def reply(*parts: str, raw: Any = TINY) -> Reply:
     whole = joined(pieces(ids, len(ids) + 1, raw))
     assert joined(pieces(ids, 1, raw)) == joined(pieces(ids, 7, raw)) == whole
     if raw is TINY:
-        assert Tokenizer(raw, {}, "").reply(ids) == whole
+        assert Tokenizer(raw, None, "").reply(ids) == whole
     return whole
 
 

@@ -70,8 +70,8 @@ def test_a_form_is_rendered_as_in_transformers(form: str, tmp_path: Path) -> Non
         MESSAGES, tools=TOOLS, add_generation_prompt=True, tokenize=False
     )
     tokenizer = Tokenizer.open(folder)
-    assert tokenizer is not None
-    assert tokenizer.template_for(TOOLS).render(MESSAGES, TOOLS) == want
+    assert tokenizer is not None and tokenizer.template is not None
+    assert tokenizer.template.render(MESSAGES, TOOLS) == want
 
 
 OWN = "own {{ messages | length }}"
@@ -102,9 +102,9 @@ def test_templates_by_name(named: str, tools: Any, tmp_path: Path) -> None:
             (more / "rag.jinja").write_text("R")
     oracle = AutoTokenizer.from_pretrained(folder)
     tokenizer = Tokenizer.open(folder)
-    assert tokenizer is not None
+    assert tokenizer is not None and tokenizer.template is not None
     want = oracle.apply_chat_template(MESSAGES, tools=tools, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.template_for(tools).render(MESSAGES, tools) == want
+    assert tokenizer.template.render(MESSAGES, tools) == want
 
 
 def test_a_template_for_tools_alone(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_template_for_tools_alone(tmp_path: Path) -> None:
     folder = make(tmp_path / "m", config=lambda config: config.update(only))
     (folder / "chat_template.jinja").unlink()
     tokenizer = Tokenizer.open(folder)
-    assert tokenizer is not None and tokenizer.template_for(TOOLS).render(MESSAGES, TOOLS) == "T"
+    assert tokenizer is not None and tokenizer.template and tokenizer.template.render(MESSAGES, TOOLS) == "T"
     with pytest.raises(PromptError, match="default; known: tool_use"):
         tokenizer.encode_chat(MESSAGES)
 

@@ -155,6 +155,38 @@ class ChatTemplate:
         return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
 
 
+class ChatTemplates:
+    """The templates of a checkpoint by name.
+
+    As in transformers, "tool_use" is taken where there are tools, else "default".
+    """
+
+    def __init__(self, named: Mapping[str, ChatTemplate], where: str):
+        self._named, self._where = dict(named), where
+        self.literals = "\0".join(template.literals for template in named.values())
+
+    def _for(self, tools: object) -> ChatTemplate:
+        names = ("tool_use", "default") if tools else ("default",)
+        chosen = next((self._named[name] for name in names if name in self._named), None)
+        if chosen is None:
+            raise PromptError(
+                f"{self._where}: no chat template by the name default; known: {', '.join(self._named)}"
+            )
+        return chosen
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **how: bool
+    ) -> str:
+        """`ChatTemplate.render` of the template that the tools ask for."""
+        return self._for(tools).render(messages, tools, **how)
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None, **how: Any
+    ) -> Prompt:
+        """`ChatTemplate.prompt` of the template that the tools ask for."""
+        return self._for(tools).prompt(messages, tools, **how)
+
+
 def _said(error: BaseException) -> str:
     text = " ".join(str(error).split())
     name = "" if isinstance(error, jinja2.TemplateError | Stopped) else f"{type(error).__name__} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dgemma.errors import PromptError
 from dgemma.text import folder as stored
 from dgemma.text.messages import Message
 from dgemma.text.reply import Reply, ReplyParser, joined
-from dgemma.text.template import ChatTemplate, Prompt, pattern
+from dgemma.text.template import ChatTemplates, Prompt, pattern
 
 
 class Tokenizer:
@@ -23,9 +23,9 @@ class Tokenizer:
     `control` are the tokens that only a template may write: special ones, and those that the template names.
     """
 
-    def __init__(self, raw: tokenizers.Tokenizer, templates: Mapping[str, ChatTemplate], where: str):
-        self.raw, self._templates, self._where = raw, dict(templates), where
-        literals = "\0".join(template.literals for template in self._templates.values())
+    def __init__(self, raw: tokenizers.Tokenizer, template: ChatTemplates | None, where: str):
+        self.raw, self.template, self._where = raw, template, where
+        literals = template.literals if template else ""
         self.control = tuple(
             token.content
             for token in raw.get_added_tokens_decoder().values()
@@ -39,23 +39,7 @@ class Tokenizer:
         if found is None:
             return None
         raw, templates = found
-        return cls(raw, templates, str(folder))
-
-    @property
-    def template(self) -> ChatTemplate | None:
-        """The template of a conversation without tools, None without one."""
-        return self._templates.get("default")
-
-    def template_for(self, tools: object) -> ChatTemplate:
-        """The template that transformers takes: "tool_use" where there are tools, else "default"."""
-        names = ("tool_use", "default") if tools else ("default",)
-        chosen = next((self._templates[name] for name in names if name in self._templates), None)
-        if chosen is None:
-            known = f" by the name default; known: {', '.join(self._templates)}" if self._templates else ""
-            raise PromptError(
-                f"{self._where}: no chat template{known}; give token ids or add chat_template.jinja"
-            )
-        return chosen
+        return cls(raw, ChatTemplates(templates, str(folder)) if templates else None, str(folder))
 
     def encode_chat(
         self,
@@ -73,13 +57,15 @@ class Tokenizer:
         or forge one. `control_tokens` lets it count, as in transformers. `continue_final_message` ends the
         prompt within the last message, which must be the model's. PromptError if a message cannot be read.
         """
-        prompt = self.template_for(tools).prompt(
+        if self.template is None:
+            raise PromptError(f"{self._where}: no chat template; give token ids or add chat_template.jinja")
+        prompt = self.template.prompt(
             messages,
             tools,
-            thinking,
-            add_generation_prompt,
-            continue_final_message,
-            () if control_tokens else self.control,
+            thinking=thinking,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            control=() if control_tokens else self.control,
         )
         return self._encode_prompt(prompt)
 
