@@ -298,3 +298,15 @@ def test_layers_times_experts(tmp_path: Path) -> None:
     own = {"num_hidden_layers": 1000, "layer_types": kinds, "num_experts": 90}
     written.config["text_config"] = {**written.config["text_config"], **own}
     refused(written, tmp_path, "tensors, but config.json asks for over")
+
+
+def test_two_announcements(tmp_path: Path) -> None:
+    """MLX's own programs read "quantization" where both are; the tensors must be what it says."""
+    written, other = small("affine"), small("modelopt").config["quantization_config"]
+    right = written.config["quantization"]
+    written.config["quantization_config"] = other  # left over from the source of a conversion
+    Checkpoint.open(written.write(tmp_path / "right"))
+    written.config |= {"quantization": {**right, "bits": 8}, "quantization_config": right}
+    refused(written, tmp_path / "wrong", "model.safetensors", "of the wrong shape")
+    written.config["quantization"] = {}
+    Checkpoint.open(written.write(tmp_path / "second"))
