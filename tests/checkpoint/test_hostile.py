@@ -17,7 +17,7 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.folder import INDEX, SINGLE, find_tensors, shards
 from dgemma.checkpoint.hub import resolve
 from dgemma.checkpoint.safetensors import MAX_TENSORS, read_header
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, visible
 from dgemma.files import exists, file_size, is_folder, load_json, names, quoted, read_text
 from dgemma.network.numpy_ops import NumpyOps
 from tests.checkpoints import make_checkpoint, minute, write_json, write_raw
@@ -311,7 +311,9 @@ def test_a_large_index(tmp_path: Path) -> None:
 
 def test_an_index_of_too_many_tensors(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, minute(), shards=2)
-    (folder / INDEX).write_text(json.dumps({"weight_map": {str(i): SHARD[5:] for i in range(MAX_TENSORS + 1)}}))
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": {str(i): SHARD[5:] for i in range(MAX_TENSORS + 1)}})
+    )
     refused(opened(folder), str(folder / INDEX), f"more than {MAX_TENSORS:,} tensors")
 
 
@@ -410,3 +412,20 @@ def test_values_in_errors_are_cut() -> None:
     assert quoted("model.decoder.layers.29.experts.127.down_proj.weight")[1:-1].endswith(
         "127.down_proj.weight"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain: 'a' (b) – Zoë 猫", "plain: 'a' (b) – Zoë 猫"),
+        ("a\nb\r\n\tc\u2028d  e", "a b c d e"),
+        ("\x1b[31mred\x07\x00", "\\x1b[31mred\\x07\\x00"),
+        ("\x9b31m\x7f", "\\x9b31m\\x7f"),
+        ("a\u202eb\u2066c\ufeff", "a\\u202eb\\u2066c\\ufeff"),
+        ("\ud800.json \udcff", "\\ud800.json \\udcff"),
+        ("\U000e0001", "\\U000e0001"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown(text: str, shown: str) -> None:
+    assert visible(text) == shown
+    assert visible(text).isprintable() and visible(text).encode()
