@@ -1,7 +1,7 @@
 """`load`: from a folder or hub id to a `Model`, the cheap checks first.
 
-The order: options, small files, memory, headers of the weights, the framework, the weights. A hub id's weights
-are fetched after the framework has said that its device is there and large enough.
+The order: options, small files, memory, headers of the weights, the framework, the weights. The weights of a
+hub id are fetched after the framework has said that its device is there and large enough.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load(
     GPU, float32 on a CPU). `device` is the name of a torch device. `activations` "nvfp4" quantizes the inputs
     of NVFP4 experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives
     messages about the machine and the files; the default is the logger "dgemma". DgemmaError says in one line
-    what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused before
-    they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
+    what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused
+    before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
     """
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of done and total, not {reprlib.repr(progress)}")
@@ -82,9 +82,7 @@ def load(
     free = ops.free_memory()
     needed = check_memory(folder, small.config, _forms(checkpoint), ops.dtype_name, ops.total_memory())
     if free is not None and needed > free:
-        ops.notices.say(
-            f"the weights take {_gb(needed)} and {_gb(free)} are free, so this may run out of memory"
-        )
+        ops.notices.say(f"the weights take {_gb(needed)}, and {_gb(free)} are free: memory may run out")
     weights = checkpoint.load(ops, progress)
     return Model(ops, checkpoint.config, checkpoint.generation, weights, small.tokenizer)
 
@@ -131,8 +129,8 @@ def _beyond(tokenizer: Tokenizer, vocab_size: int) -> str | None:
     if not found:
         return None
     return (
-        f"{len(found):,} of its tokens have ids beyond the model's vocabulary of {vocab_size:,}, the first is "
-        f"{found[0]} ({reprlib.repr(ids[found[0]])}); a prompt with one of them is refused"
+        f"{len(found):,} of its tokens have ids beyond the model's vocabulary of {vocab_size:,}, the first "
+        f"is {found[0]} ({reprlib.repr(ids[found[0]])}); a prompt with one of them is refused"
     )
 
 
@@ -157,7 +155,7 @@ def _forms(checkpoint: Checkpoint) -> Mapping[str, Form | None]:
 
 
 def _dtype_on_host(backend: str, dtype: str | None, device: str | None) -> str | None:
-    """The compute type of a backend that certainly takes the host's memory, without its framework; else None."""
+    """The compute type on a backend that is sure to take the host's memory; None without its framework."""
     if backend == "numpy":
         return "float64"
     if backend == "mlx" and sys.platform == "darwin":
@@ -182,8 +180,8 @@ def check_memory(
         raise BackendError(f"{MEMORY_CHECK} is {reprlib.repr(wanted)}; it must be 0 (no check) or 1")
     if most is not None and needed > most and wanted != "0":
         raise BackendError(
-            f"{folder}: its weights take {_gb(needed)} in {dtype}, and there are {_gb(most)} of memory in all; "
-            "take another backend, --dtype bfloat16, or a smaller format (dgemma info, dgemma convert); "
+            f"{folder}: its weights take {_gb(needed)} in {dtype}, and all memory is {_gb(most)}; take "
+            "another backend, --dtype bfloat16 or a smaller format (see dgemma info and dgemma convert); "
             f"{MEMORY_CHECK}=0 tries it all the same"
         )
     return needed

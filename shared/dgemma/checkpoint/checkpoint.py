@@ -100,20 +100,21 @@ class Checkpoint:
         """The text model's weights on the device of `ops`.
 
         Each tensor is read once, in file order, so memory peaks about one parameter above the weights.
-        `progress(done, total)` counts stored bytes. CheckpointError for a tensor that a few of its values show
-        to be damaged.
+        `progress(done, total)` counts stored bytes. CheckpointError for a tensor that looks damaged at one of
+        a few places.
         """
         table = sorted(text_parameters(self.config), key=self._position)
         total, done = sum(self.nbytes(param.name) for param in table), 0
         # A download that broke off shows at the end of its file, before minutes of reading.
         for last in {self._position(param)[0]: param for param in table}.values():
-            check_samples(self.sources[last.name], self.entries, lambda _: None)  # said below
+            check_samples(self.sources[last.name], self.entries)
 
         def leaf(param: Param) -> Any:
             nonlocal done
             array = self._leaf(ops, param)
             # Where the load has just been: elsewhere each look would wait for the disk.
-            check_samples(self.sources[param.name], self.entries, ops.notices.say)
+            for odd in check_samples(self.sources[param.name], self.entries):
+                ops.notices.say(odd)
             done += self.nbytes(param.name)
             if progress:
                 progress(done, total)

@@ -1,14 +1,14 @@
-"""What stored values must not be: not finite, zero as a scale, or zero by the thousand, as of a lost download.
+"""What stored values must not be: not finite, zero as a scale, or zero by the thousand after a lost download.
 
 Nothing is decoded: bit patterns are tested, in chunks, so that memory does not grow with a tensor.
 `dgemma verify` looks at every value (`examine`). A load looks at a few places of each tensor, and examines
 only where those look wrong (`check_samples`). So whatever a load refuses here, verify finds.
 
-Zeros in a row are what a hole in a file leaves: a download that reserved its place, or lost a part. They are a
-flaw from an eighth of a tensor or 64 KiB on. Not so in a bias, which training may begin with zero, nor in a few
-rows of a table of tokens, which may be padding. A load says them instead of refusing them in the matrices that
-end a branch (attention's o, the MLP's, experts' and self-conditioning's down): layers that were added to a
-model begin with zeros there, and compute nothing wrong.
+Zeros in a row are what a hole in a file leaves: a download that reserved its place, or lost a part. They are
+a flaw from an eighth of a tensor or 64 KiB on. Not so in a bias, which training may begin with zero, nor in a
+few rows of a table of tokens, which may be padding. In the matrices that end a branch (attention's o, the
+MLP's, experts' and self-conditioning's down) a load says zeros instead of refusing them: layers that were
+added to a model begin with zeros there, and compute nothing wrong.
 
     n values of a chunk
 """
@@ -16,7 +16,7 @@ model begin with zeros there, and compute nothing wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -215,7 +215,7 @@ class _Runs:
             self._close(start + np.flatnonzero(words & self.alive))
 
     def _may_hold_zeros(self, words: np.ndarray) -> bool:
-        """Whether 8 words in a row are zero at a multiple of 256: a run of half of SHORT holds such a place."""
+        """Whether 8 words in a row are zero at a multiple of 256: every run of 512 holds such a place."""
         rows = words[: len(words) // 256 * 256].reshape(-1, 256)[:, :8]
         return not (rows & self.alive).any(-1).all()
 
@@ -297,12 +297,13 @@ def chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.ndar
 # ---- a few values -------------------------------------------------------------------------------
 
 
-def check_samples(source: Source, entries: Mapping[str, Entry], say: Callable[[str], None]) -> None:
+def check_samples(source: Source, entries: Mapping[str, Entry]) -> list[str]:
     """Look at a few places of each tensor of a parameter, and at all of one that looks wrong.
 
-    CheckpointError for a tensor with values that are not finite, or with zeros instead of values; `say` gets
-    one sentence for zeros that may be meant. It reads a few kilobytes, at best where a load has just been.
+    CheckpointError for a tensor with values that are not finite, or with zeros instead of values. The result
+    are sentences on zeros that may be meant. It reads a few kilobytes, at best where a load has just been.
     """
+    odd = []
     with ExitStack() as opened:
         streams: dict[Path, BinaryIO] = {}
         for own in subjects(source, entries):
@@ -315,11 +316,14 @@ def check_samples(source: Source, entries: Mapping[str, Entry], say: Callable[[s
                         "download the file again"
                     )
                 if flaw.kind == "dead":
-                    say(f"{flaw.text}: an interrupted download, unless it is meant; see `dgemma verify`")
+                    odd.append(
+                        f"{flaw.text}: a lost part of the file, unless it is meant; see `dgemma verify`"
+                    )
+    return odd
 
 
 def _sample(subject: Subject, streams: dict[Path, BinaryIO], opened: ExitStack) -> np.ndarray:
-    """All words [1, n] of a small tensor, else groups [PLACES, GROUP] at even distances, both ends included."""
+    """All words [1, n] of a small tensor, else groups [PLACES, GROUP] at even distances from end to end."""
     entry, word = subject.entry, np.dtype(subject.bits.word)
     whole = subject.size <= GROUP * PLACES
     length = subject.size if whole else GROUP
@@ -336,7 +340,7 @@ def _sample(subject: Subject, streams: dict[Path, BinaryIO], opened: ExitStack) 
         raise CheckpointError(f"{entry.file}: cannot be read ({reason(error)})") from None
     data = b"".join(parts)
     if len(data) < len(places) * length * word.itemsize:
-        raise CheckpointError(f"{entry.file}: became shorter while tensor {entry.name!r} was read")
+        raise CheckpointError(f"{entry.file}: tensor {entry.name!r} cannot be read: the file became shorter")
     return np.frombuffer(data, word).reshape(len(places), length)
 
 

@@ -199,13 +199,17 @@ def logits(
 
     "first_step" is a canvas's first step. "self_conditioned" is a step that gets the soft embedding of the
     other's first step in both models: free runs would part, so both start from the same state. The result is
-    {"skipped": reason} if the two do not run here. `progress` counts the stored bytes of each model.
+    {"skipped": reason} if the two do not run here, or not at all. `progress` counts the stored bytes of each
+    model.
     """
     if reason := _too_large(checkpoint, ops) or _too_large(other, ops):
         return {"skipped": reason}
     given = probe(checkpoint.config, other.config)
-    soft, theirs = _passes(other, ops, given, None, progress)
-    _, mine = _passes(checkpoint, ops, given, soft, progress)
+    try:
+        soft, theirs = _passes(other, ops, given, None, progress)
+        _, mine = _passes(checkpoint, ops, given, soft, progress)
+    except CheckpointError as error:  # values that a load refuses
+        return {"skipped": str(error)}
     return {
         "backend": ops.name,
         "prompt_tokens": len(given.prompt),

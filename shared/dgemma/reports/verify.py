@@ -1,8 +1,8 @@
 """Whether a checkpoint is whole: every name, type, shape and stored value of it.
 
 A load checks names, types and shapes, and a few values. `inspect` looks at all values (`checkpoint.values`).
-It reads every tensor in file order and in chunks, so that memory does not grow with the checkpoint. Tokenizer,
-template and configurations are opened by the functions that a load opens them with.
+It reads every tensor in file order and in chunks, so that memory does not grow with the checkpoint. The
+tokenizer, the template and the configurations are opened by the functions that a load opens them with.
 The price: a wrong value that is finite passes. Only a comparison with another checkpoint shows it
 (`dgemma.reports.against`).
 """
@@ -164,8 +164,9 @@ def _value_findings(
     findings: list[Finding] = []
     total, done = sum(entry.nbytes for entry in entries), 0
     for entry in entries:
-        subject = known.get(entry.name) or values.subject(entry)
-        findings += _as_findings(values.examine(subject))
+        flaws = values.examine(known.get(entry.name) or values.subject(entry))
+        # Where roles are known, a tensor without one is a finding already: its zeros mean nothing.
+        findings += _as_findings([f for f in flaws if f.kind != "dead" or not known or entry.name in known])
         if entry.name in ties and (finding := tied(entry, ties[entry.name])):
             findings.append(finding)
         done += entry.nbytes
