@@ -185,6 +185,11 @@ class CudaOps(Ops):
             return super().free_memory()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def total_memory(self) -> int | None:
+        if self.device.type != "cuda":
+            return super().total_memory()
+        return torch.cuda.mem_get_info(self.device)[1]
+
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """Steps with our kernels are recorded as CUDA graphs, unless a prefill showed host reads in them."""
         if self.device.type != "cuda":

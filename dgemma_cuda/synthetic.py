@@ -15,11 +15,10 @@ from dgemma.errors import BackendError
 from dgemma.formats.quantized import FP8, NVFP4, Form, Quantized
 from dgemma.network.build import build, constants
 from dgemma.network.config import Config
+from dgemma.network.memory import format_of, weight_bytes
 from dgemma.network.ops import Array
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
-from dgemma.reports.info import FORMATS as FORMATS_IN_MEMORY
-from dgemma.reports.info import weight_bytes
 from dgemma.reports.tables import amount
 
 from .ops import CudaOps
@@ -37,7 +36,7 @@ _E2M1_RMS = 2.93
 def check_room(ops: CudaOps, config: Config, form: str) -> None:
     """BackendError with the numbers if weights and a tenth more, for all else, exceed what is free."""
     stored = {p.name: FORMATS[form].get(p.group) for p in text_parameters(config) if len(p.shape) > 1}
-    held = next(f for f in FORMATS_IN_MEMORY if f.dtype == ops.dtype_name)
+    held = format_of(ops.dtype_name)
     needed, free = int(1.1 * weight_bytes(config, held, stored)), ops.free_memory()
     if free is not None and needed > free:
         raise BackendError(

@@ -23,8 +23,9 @@ from dgemma.errors import ConfigError
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
 from dgemma.network.config import Config, read_config
+from dgemma.network.memory import FORMATS
 from dgemma.network.spec import Param, parameters
-from dgemma.reports.info import FORMATS, memory
+from dgemma.reports.info import memory
 from dgemma.reports.tables import amount, columns
 
 from .bf16 import Bf16Target

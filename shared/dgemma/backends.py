@@ -7,6 +7,7 @@ returns its `Ops`. A package with kernels has `selftest.check_all(device, progre
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -60,11 +61,17 @@ def choose(
     backend: str, dtype: str | None = None, device: str | None = None, activations: str | None = None
 ) -> str:
     """The backend that a choice means; BackendError if it is not here. This imports no framework."""
-    if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
-    for what, value, known in (("dtype", dtype, DTYPES), ("activations", activations, ACTIVATIONS)):
-        if value is not None and value not in known:
-            raise BackendError(f"unknown {what} {value!r}; known: {', '.join(known)}")
+    for what, value, known in (
+        ("backend", backend, BACKENDS),
+        ("dtype", dtype, (*DTYPES, None)),
+        ("activations", activations, (*ACTIVATIONS, None)),
+    ):
+        # By type first: NumPy's types equal their names.
+        if not isinstance(value, str | None) or value not in known:
+            names = ", ".join(name for name in known if name)
+            raise BackendError(f"unknown {what} {reprlib.repr(value)}; known: {names}")
+    if not isinstance(device, str | None):
+        raise BackendError(f"device must be a name such as 'cuda:0', not {reprlib.repr(device)}")
     backend = _best() if backend == "auto" else backend
     package = PACKAGES.get(backend)
     if not (package and package.choices):

@@ -1,22 +1,42 @@
-"""`load`: from a folder or hub id to a `Model`."""
+"""`load`: from a folder or hub id to a `Model`, the cheap checks first.
+
+The order: options, small files, memory, headers of the weights, the framework, the weights. The weights of a
+hub id are fetched after the framework has said that its device is there and large enough.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import reprlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dgemma import machine
 from dgemma.backends import choose, make_ops
-from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.hub import resolve
-from dgemma.files import MAX_SIZE, Progress, load_json
+from dgemma.checkpoint.checkpoint import Checkpoint, read_configs
+from dgemma.checkpoint.faults import expected_parameters, find_announcement
+from dgemma.checkpoint.folder import INDEX
+from dgemma.checkpoint.hub import SMALL_FILES, resolve
+from dgemma.checkpoint.layouts import detect
+from dgemma.errors import BackendError, CheckpointError, ConfigError
+from dgemma.files import MAX_SIZE, Progress, exists, load_json
+from dgemma.formats.quantized import Form
 from dgemma.model import Model
+from dgemma.network.config import Config
+from dgemma.network.memory import format_of, weight_bytes
 from dgemma.network.ops import Notices
+from dgemma.settings import GenerationConfig
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
 
+# "0" lets weights be loaded that exceed the memory there is.
+MEMORY_CHECK = "DGEMMA_MEMORY_CHECK"
+
 
 def load(
-    model: str | Path | None = None,
+    model: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     dtype: str | None = None,
     device: str | None = None,
@@ -28,25 +48,49 @@ def load(
     """A model ready to run. `model` is a folder or a hub id; None means the embedded one.
 
     `backend` is "mlx", "cuda", "numpy" or "auto", `dtype` "float32" or "bfloat16" (default: bfloat16 on a
-    GPU, float32 on a CPU). `device` is a torch device. `activations` "nvfp4" quantizes the inputs of NVFP4
-    experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives messages about
-    the machine; the default is the logger "dgemma". DgemmaError says in one line what is wrong with the files
-    or the machine.
+    GPU, float32 on a CPU). `device` is the name of a torch device. `activations` "nvfp4" quantizes the inputs
+    of NVFP4 experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives
+    messages about the machine and the files; the default is the logger "dgemma". DgemmaError says in one line
+    what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused
+    before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
     """
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function of done and total, not {reprlib.repr(progress)}")
+    if notices is not None and not callable(getattr(notices, "say", None)):
+        raise ConfigError(f"notices must be a dgemma Notices, not {reprlib.repr(notices)}")
     backend = choose(backend, dtype, device, activations)
-    checkpoint = Checkpoint.open(resolve(MODEL_DIR if model is None else model))
-    tokenizer = Tokenizer.open(checkpoint.folder)
-    # The files come first, as a framework takes seconds to import.
+    given = _model(model)
+    folder = resolve(given, files=SMALL_FILES, notices=notices)
+    small = open_small(folder)
+    forms = announced_forms(folder, small.config)
+    held = _dtype_on_host(backend, dtype, device)
+    if held:
+        check_memory(folder, small.config, forms, held, machine.total_memory())
+    checkpoint = Checkpoint.open(folder) if os.path.isdir(os.path.expanduser(given)) else None
+    if checkpoint and held:
+        check_memory(folder, small.config, _forms(checkpoint), held, machine.total_memory())
+    # The files come first, as a framework takes seconds to import; a download of the weights takes longer.
     ops = make_ops(backend, dtype, device, activations, notices)
+    check_memory(folder, small.config, forms, ops.dtype_name, ops.total_memory())
+    if checkpoint is None:
+        whole = resolve(given, notices=notices)
+        small = small if whole == folder else open_small(whole)  # a branch of the hub may have moved on
+        checkpoint = Checkpoint.open(whole)
+    for note in small.notes:
+        ops.notices.say(note)
+    free = ops.free_memory()
+    needed = check_memory(folder, small.config, _forms(checkpoint), ops.dtype_name, ops.total_memory())
+    if free is not None and needed > free:
+        ops.notices.say(f"the weights take {_gb(needed)}, and {_gb(free)} are free: memory may run out")
     weights = checkpoint.load(ops, progress)
     generation = checkpoint.generation
     if not generation.stop_ids:
-        generation = replace(generation, stop_ids=_stop_ids(checkpoint, tokenizer))
+        generation = replace(generation, stop_ids=_stop_ids(checkpoint, small.tokenizer))
         if not generation.stop_ids:
             ops.notices.say(
                 f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does"
             )
-    return Model(ops, checkpoint.config, generation, weights, tokenizer)
+    return Model(ops, checkpoint.config, generation, weights, small.tokenizer)
 
 
 def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -54,8 +98,112 @@ def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int,
     if tokenizer is None:
         return ()
     path = checkpoint.folder / "tokenizer_config.json"
-    eos = load_json(path).get("eos_token") if path.exists() else None
+    eos = load_json(path).get("eos_token") if exists(path) else None
     eos = eos.get("content") if isinstance(eos, dict) else eos
     known = tokenizer.raw.get_vocab()
     names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
     return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < checkpoint.config.vocab_size)
+
+
+def _model(model: object) -> str | Path:
+    """The folder or hub id; CheckpointError for anything else. A path is never a hub id."""
+    try:
+        name = model if isinstance(model, str) else os.fspath(MODEL_DIR if model is None else model)  # type: ignore[call-overload]
+    except TypeError:
+        name = None
+    if not isinstance(name, str):
+        raise CheckpointError(f"the model must be a folder or a hub id, not {reprlib.repr(model)}")
+    return name if isinstance(model, str) else Path(name)
+
+
+# ---- small files --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Small:
+    """What a folder says beside its weights. `notes` are sentences about what is odd, but works."""
+
+    config: Config
+    generation: GenerationConfig
+    tokenizer: Tokenizer | None
+    notes: tuple[str, ...] = ()
+
+
+def open_small(folder: Path) -> Small:
+    """The small files of a folder; DgemmaError names the first that cannot be used.
+
+    `dgemma verify` opens them by this function, too, so that it finds what a load refuses.
+    """
+    config, generation = read_configs(folder)
+    tokenizer = Tokenizer.open(folder)
+    beyond = _beyond(tokenizer, config.vocab_size) if tokenizer else None
+    return Small(config, generation, tokenizer, (f"{folder / 'tokenizer.json'}: {beyond}",) if beyond else ())
+
+
+def _beyond(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """A sentence on the tokens that the model has no row for; None without any."""
+    ids = {id: token for token, id in tokenizer.raw.get_vocab(with_added_tokens=True).items()}
+    found = sorted(id for id in ids if id >= vocab_size)
+    if not found:
+        return None
+    return (
+        f"{len(found):,} of its tokens have ids beyond the model's vocabulary of {vocab_size:,}, the first "
+        f"is {found[0]} ({reprlib.repr(ids[found[0]])}); a prompt with one of them is refused"
+    )
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def announced_forms(folder: Path, config: Config) -> Mapping[str, Form | None] | None:
+    """How parameters are stored, from the files beside the weights; None if only the weights tell."""
+    announcement, announcer = find_announcement(folder, config)
+    if announcement is None:
+        return {}
+    index = folder / INDEX
+    names = load_json(index).get("weight_map") if exists(index) else None
+    if not isinstance(names, Mapping):
+        return None
+    layout = detect(announcement, announcer, names)
+    return {param.name: layout.form(param) for param in expected_parameters(config, names)}
+
+
+def _forms(checkpoint: Checkpoint) -> Mapping[str, Form | None]:
+    return {name: source.form for name, source in checkpoint.sources.items()}
+
+
+def _dtype_on_host(backend: str, dtype: str | None, device: str | None) -> str | None:
+    """The compute type on a backend that is sure to take the host's memory; None without its framework."""
+    if backend == "numpy":
+        return "float64"
+    if backend == "mlx" and sys.platform == "darwin":
+        return dtype or "bfloat16"
+    if backend == "cuda" and device is not None and device.partition(":")[0] == "cpu":
+        return dtype or "float32"
+    return None
+
+
+def check_memory(
+    folder: Path, config: Config, forms: Mapping[str, Form | None] | None, dtype: str, most: int | None
+) -> int:
+    """Bytes of the loaded weights; BackendError if they exceed `most`, which is all memory there is.
+
+    Without `forms`, or with `most` None, nothing is known and nothing refused.
+    """
+    if forms is None:
+        return 0
+    needed = weight_bytes(config, format_of(dtype), forms)
+    wanted = os.environ.get(MEMORY_CHECK, "1")
+    if wanted not in ("", "0", "1"):
+        raise BackendError(f"{MEMORY_CHECK} is {reprlib.repr(wanted)}; it must be 0 (no check) or 1")
+    if most is not None and needed > most and wanted != "0":
+        raise BackendError(
+            f"{folder}: its weights take {_gb(needed)} in {dtype}, and all memory is {_gb(most)}; take "
+            "another backend, --dtype bfloat16 or a smaller format (see dgemma info and dgemma convert); "
+            f"{MEMORY_CHECK}=0 tries it all the same"
+        )
+    return needed
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -11,8 +11,10 @@ from click.testing import CliRunner
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.cli import main
 from dgemma.files import load_json
+from dgemma.network import memory
 from dgemma.network.config import Config, read_config
 from dgemma.network.numpy_ops import NumpyOps
+from dgemma.network.spec import text_parameters
 from dgemma.released import RELEASED_DIR
 from dgemma.reports import info
 from dgemma.reports.tables import amount
@@ -20,7 +22,7 @@ from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small
 
-BF16, F32, F64 = info.FORMATS
+BF16, F32, F64 = memory.FORMATS
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +53,18 @@ def test_experts_count_as_active_by_the_share_a_token_takes(released: Config) ->
 def test_keys_and_values_by_hand(released: Config) -> None:
     # 25 sliding layers of 8 × 256, 5 full ones of 2 × 512; two arrays, two bytes.
     sliding, full = 25 * 2 * 8 * 256 * 2, 5 * 2 * 2 * 512 * 2
-    assert info.kv_bytes(released, BF16, 100) == 100 * (sliding + full)
-    assert info.kv_bytes(released, BF16, 100_000) == (1023 + 256) * sliding + 100_000 * full
-    assert info.kv_bytes(released, F32, 5000) == 2 * info.kv_bytes(released, BF16, 5000)
+    assert memory.kv_bytes(released, BF16, 100) == 100 * (sliding + full)
+    assert memory.kv_bytes(released, BF16, 100_000) == (1023 + 256) * sliding + 100_000 * full
+    assert memory.kv_bytes(released, F32, 5000) == 2 * memory.kv_bytes(released, BF16, 5000)
     assert info.memory(released, BF16)["kv_per_1k_tokens_full"] == 1024 * full
 
 
 def test_the_vocabulary_plane_is_one_canvas_of_float32(released: Config) -> None:
-    assert info.vocabulary_bytes(released, BF16) == info.vocabulary_bytes(released, F32) == 256 * 262_144 * 4
-    assert info.vocabulary_bytes(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
-    assert info.vocabulary_bytes(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
+    assert (
+        memory.vocabulary_bytes(released, BF16) == memory.vocabulary_bytes(released, F32) == 256 * 262_144 * 4
+    )
+    assert memory.vocabulary_bytes(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
+    assert memory.vocabulary_bytes(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
 
 
 def test_contexts_end_where_the_model_does(released: Config) -> None:
@@ -78,17 +82,17 @@ def test_what_numpy_holds_is_what_is_said(tokens: int, tmp_path: Path) -> None:
     model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
     cache = model.encode([np.arange(tokens) % 50]).cache
     held = sum(k.nbytes + v.nbytes for k, v in cache._layers)
-    assert held == info.kv_bytes(checkpoint.config, F64, tokens)
-    loaded = sum(param.size for param in info.text_parameters(checkpoint.config)) * 8
-    assert info.weight_bytes(checkpoint.config, F64) == loaded
+    assert held == memory.kv_bytes(checkpoint.config, F64, tokens)
+    loaded = sum(param.size for param in text_parameters(checkpoint.config)) * 8
+    assert memory.weight_bytes(checkpoint.config, F64) == loaded
 
 
 def test_the_router_is_wide(tmp_path: Path) -> None:
     config = read_config(small())
     router = info.parameter_counts(config)["router"]
     total = sum(info.parameter_counts(config).values())
-    assert info.weight_bytes(config, BF16) == 2 * total + 2 * router
-    assert info.weight_bytes(config, F32) == 4 * total
+    assert memory.weight_bytes(config, BF16) == 2 * total + 2 * router
+    assert memory.weight_bytes(config, F32) == 4 * total
 
 
 def test_bytes_on_disk_are_those_of_the_files(tmp_path: Path) -> None:

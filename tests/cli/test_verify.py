@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from dgemma.checkpoint import values
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.layouts.base import Layout, Piece
 from dgemma.checkpoint.layouts.compressed import CompressedLayout
@@ -27,6 +28,7 @@ from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import parameters
 from dgemma.reports import against, verify
+from dgemma.reports.ties import twin
 from tests.checkpoints import SMALL_VISION, Edit, Tensor, make_checkpoint, small, write_json
 
 EMBED = "model.decoder.embed_tokens.weight"
@@ -192,7 +194,7 @@ def test_chunks_meet_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             put(tensors[EMBED], place, 0x7FC0)
 
     make_checkpoint(tmp_path, edit=edit)
-    monkeypatch.setattr(verify, "CHUNK", 100)
+    monkeypatch.setattr(values, "CHUNK", 100)
     assert only(tmp_path)["count"] == len(places)
 
 
@@ -295,7 +297,7 @@ def test_a_block_of_zeros_may_have_a_scale_of_zero(
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path, small(vocab_size=80_000), dtype="F32", edit=tie)
-    monkeypatch.setattr(verify, "CHUNK", 1 << 14)
+    monkeypatch.setattr(values, "CHUNK", 1 << 14)
     monkeypatch.setattr(against, "CHUNK", 1 << 14)
     checkpoint = Checkpoint.open(folder)
     tracemalloc.start()
@@ -391,7 +393,7 @@ def test_a_copy_that_is_not_finite_is_found_in_itself(tmp_path: Path) -> None:
     ],
 )
 def test_which_tensor_a_name_repeats(name: str, own: str | None) -> None:
-    assert verify.twin(name) == own
+    assert twin(name) == own
 
 
 # ---- names, types, shapes, files ----------------------------------------------------------------
@@ -771,7 +773,7 @@ def test_every_backend_compares_logits(tmp_path: Path) -> None:
 
 def test_tables_of_bits_are_those_of_the_formats() -> None:
     for name, table in (("F8_E4M3", nvfp4.E4M3), ("F8_E8M0", nvfp4.E8M0)):
-        codes, bits = np.arange(256), verify.BITS[name]
+        codes, bits = np.arange(256), values.BITS[name]
         assert np.array_equal((codes & bits.special) == bits.special, np.isnan(table))
         assert np.array_equal((codes & bits.sign) != 0, np.signbit(table) & (bits.sign > 0))
     every = np.arange(65536, dtype="<u2")

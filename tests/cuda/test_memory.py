@@ -18,9 +18,9 @@ from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Form
 from dgemma.network import graph
 from dgemma.network.config import LayerConfig, read_config
+from dgemma.network.memory import FORMATS, kv_bytes
 from dgemma.network.runner import PREFILL_CHUNK
 from dgemma.released import RELEASED_DIR
-from dgemma.reports.info import FORMATS, kv_bytes
 from dgemma.reports.tables import amount
 
 torch = pytest.importorskip("torch")

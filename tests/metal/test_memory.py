@@ -15,7 +15,8 @@ from dgemma.backends import make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.network.cache import empty
 from dgemma.network.config import read_config
-from dgemma.reports import info
+from dgemma.network.memory import format_of, weight_bytes
+from dgemma.network.spec import text_parameters
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from dgemma_mlx import memory
@@ -139,9 +140,9 @@ def test_loading_makes_no_second_copy(which: str, request: pytest.FixtureRequest
     checkpoint = Checkpoint.open(folder)
     kept, active, peak = loaded(folder)
     forms = {name: source.form for name, source in checkpoint.sources.items()}
-    float32 = next(form for form in info.FORMATS if form.compute == 4)
-    predicted = info.weight_bytes(checkpoint.config, float32, forms)
-    largest = max(p.size for p in info.text_parameters(checkpoint.config)) * 6  # bfloat16 and float32
+    float32 = format_of("float32")
+    predicted = weight_bytes(checkpoint.config, float32, forms)
+    largest = max(p.size for p in text_parameters(checkpoint.config)) * 6  # bfloat16 and float32
     assert 0.99 * predicted <= active <= 1.02 * predicted, (active, predicted)
     assert peak <= active + largest, (peak, active, largest)
     assert kept is not None

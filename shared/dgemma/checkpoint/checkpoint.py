@@ -1,7 +1,8 @@
 """A folder whose configuration and tensors are checked against each other, and its weights.
 
 Every header is checked against its file, the index and the configuration before the first weight is read.
-A load does not look at values: scanning 51 GB for NaN would double its time. `dgemma.reports.verify` does.
+A load looks at a few values of each tensor only: scanning 51 GB for NaN would double its time.
+`dgemma.reports.verify` looks at all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dgemma.checkpoint.layouts import detect
 from dgemma.checkpoint.layouts.base import Layout, Source
 from dgemma.checkpoint.records import make_record
 from dgemma.checkpoint.safetensors import Entry
+from dgemma.checkpoint.values import check_samples
 from dgemma.errors import CheckpointError
 from dgemma.files import Progress, exists, load_json
 from dgemma.formats.quantized import Quantized
@@ -53,17 +55,12 @@ class Checkpoint:
         """Read the headers of a folder.
 
         ConfigError for config.json and generation_config.json, CheckpointError for the tensors. Values
-        are not read, so NaN and infinities pass (see the module). `check=False` lets tensors be missing,
+        are not read. `check=False` lets tensors be missing,
         wrong, or other than announced: `contradictions` and `faults` list it all. Such a checkpoint is for
         looking only.
         """
         folder = Path(folder)
-        path = folder / "config.json"
-        raw = load_json(path)
-        config = read_config(raw, str(path))
-        path = folder / "generation_config.json"
-        own = load_json(path) if exists(path) else None
-        generation = read_generation_config(own, config.vocab_size, str(path), raw)
+        config, generation = read_configs(folder)
         announcement, announcer = find_announcement(folder, config)
         where, entries = find_tensors(folder)
         layout = detect(announcement, announcer, entries)
@@ -104,14 +101,21 @@ class Checkpoint:
         """The text model's weights on the device of `ops`.
 
         Each tensor is read once, in file order, so memory peaks about one parameter above the weights.
-        `progress(done, total)` counts stored bytes.
+        `progress(done, total)` counts stored bytes. CheckpointError for a tensor that looks damaged at one of
+        a few places.
         """
         table = sorted(text_parameters(self.config), key=self._position)
         total, done = sum(self.nbytes(param.name) for param in table), 0
+        # A download that broke off shows at the end of its file, before minutes of reading.
+        for last in {self._position(param)[0]: param for param in table}.values():
+            check_samples(self.sources[last.name], self.entries)
 
         def leaf(param: Param) -> Any:
             nonlocal done
             array = self._leaf(ops, param)
+            # Where the load has just been: elsewhere each look would wait for the disk.
+            for odd in check_samples(self.sources[param.name], self.entries):
+                ops.notices.say(odd)
             done += self.nbytes(param.name)
             if progress:
                 progress(done, total)
@@ -150,3 +154,13 @@ def _sources(layout: Layout, params: list[Param], stored: int, where: Path) -> d
                 f"{where}: holds {stored:,} tensors, but config.json asks for over {count:,}"
             )
     return sources
+
+
+def read_configs(folder: Path) -> tuple[Config, GenerationConfig]:
+    """config.json and generation_config.json of a folder; ConfigError for either."""
+    path = folder / "config.json"
+    raw = load_json(path)
+    config = read_config(raw, str(path))
+    path = folder / "generation_config.json"
+    own = load_json(path) if exists(path) else None
+    return config, read_generation_config(own, config.vocab_size, str(path), raw)

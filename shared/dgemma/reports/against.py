@@ -24,12 +24,13 @@ from dgemma.files import Progress
 from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
 from dgemma.model import Model
+from dgemma.network import memory
 from dgemma.network.config import Config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Ops
 from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import GROUPS, Param, text_parameters
-from dgemma.reports import info, tables
+from dgemma.reports import tables
 
 CHUNK = 1 << 22  # values decoded at once
 
@@ -198,13 +199,17 @@ def logits(
 
     "first_step" is a canvas's first step. "self_conditioned" is a step that gets the soft embedding of the
     other's first step in both models: free runs would part, so both start from the same state. The result is
-    {"skipped": reason} if the two do not run here. `progress` counts the stored bytes of each model.
+    {"skipped": reason} if the two do not run here, or not at all. `progress` counts the stored bytes of each
+    model.
     """
     if reason := _too_large(checkpoint, ops) or _too_large(other, ops):
         return {"skipped": reason}
     given = probe(checkpoint.config, other.config)
-    soft, theirs = _passes(other, ops, given, None, progress)
-    _, mine = _passes(checkpoint, ops, given, soft, progress)
+    try:
+        soft, theirs = _passes(other, ops, given, None, progress)
+        _, mine = _passes(checkpoint, ops, given, soft, progress)
+    except CheckpointError as error:  # values that a load refuses
+        return {"skipped": str(error)}
     return {
         "backend": ops.name,
         "prompt_tokens": len(given.prompt),
@@ -266,15 +271,11 @@ def _too_large(checkpoint: Checkpoint, ops: Ops) -> str | None:
 
 def memory_needed(checkpoint: Checkpoint, ops: Ops) -> int:
     """Bytes of the loaded weights, of a decoded embedding, and of a few planes of logits."""
-    config, form = checkpoint.config, _format(ops)
+    config, form = checkpoint.config, memory.format_of(ops.dtype_name)
     stored = {name: source.form for name, source in checkpoint.sources.items()}
     decoded = sum(p.size for p in text_parameters(config) if p.group == "embed" and stored[p.name])
-    planes = 4 * info.vocabulary_bytes(config, form)
-    return info.weight_bytes(config, form, stored) + decoded * form.wide + planes
-
-
-def _format(ops: Ops) -> info.Format:
-    return next(form for form in info.FORMATS if form.dtype == ops.dtype_name)
+    planes = 4 * memory.vocabulary_bytes(config, form)
+    return memory.weight_bytes(config, form, stored) + decoded * form.wide + planes
 
 
 # ---- as text ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ leave out a framework's own memory (activations, compiled kernels), which is sma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,20 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
-from dgemma.network.config import FULL, SLIDING, Config, LayerConfig, read_config
-from dgemma.network.ops import Ops
+from dgemma.network.config import FULL, SLIDING, Config, read_config
+from dgemma.network.memory import (
+    FORMATS,
+    NOTHING_QUANTIZED,
+    Format,
+    kv_bytes,
+    kv_slot_bytes,
+    vocabulary_bytes,
+    weight_bytes,
+)
 from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
 from dgemma.reports.tables import amount, columns, count
 
 CONTEXTS = (1024, 8192, 32768, 131072)
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a backend holds numbers: bytes of the compute type (weights, cache) and of the wide type."""
-
-    backends: str
-    dtype: str
-    compute: int
-    wide: int
-
-
-FORMATS = (
-    Format("mlx, cuda", "bfloat16", 2, 4),
-    Format("mlx, cuda", "float32", 4, 4),
-    Format("numpy", "float64", 8, 8),
-)
-
-NOTHING_QUANTIZED: Mapping[str, Form | None] = {}
 
 # ---- the arithmetic -----------------------------------------------------------------------------
 
@@ -58,53 +46,6 @@ def active_parameters(config: Config) -> dict[str, int]:
 def _by_group(table: Sequence[Param]) -> dict[str, int]:
     counts = {group: sum(param.size for param in table if param.group == group) for group in GROUPS}
     return {group: count for group, count in counts.items() if count}
-
-
-def weight_bytes(config: Config, form: Format, stored: Mapping[str, Form | None] = NOTHING_QUANTIZED) -> int:
-    """Loaded weights: the text model in the compute type, its router in the wide one.
-
-    `stored` has the forms of parameters by name. Records stay packed, but for the router's.
-    """
-    return sum(_loaded_bytes(param, form, stored.get(param.name)) for param in text_parameters(config))
-
-
-def _loaded_bytes(param: Param, form: Format, quantized: Form | None) -> int:
-    if param.wide:
-        return param.size * form.wide
-    if quantized is None:
-        return param.size * form.compute
-    rows, inputs = param.size // param.shape[-1], param.shape[-1]
-    groups = rows * (inputs // quantized.group) if quantized.group else 0
-    # Affine scales and biases have the compute type, codes of scales one byte.
-    scales = groups * (2 * form.compute if quantized.is_affine else 1)
-    factors = rows * form.wide if quantized.scales_rows else 0
-    return param.size * quantized.bits // 8 + scales + factors
-
-
-def kv_slot_bytes(layer: LayerConfig, form: Format) -> int:
-    """Key and value of one token in one layer. Full layers store both: V is K's projection before k_norm."""
-    return 2 * layer.kv_heads * layer.head_dim * form.compute
-
-
-def kv_bytes(config: Config, form: Format, tokens: int) -> int:
-    """Keys and values of a context in all layers.
-
-    Full layers keep every token. Sliding layers keep window − 1 and a canvas, so that a canvas can be
-    taken back.
-    """
-    return sum(
-        kv_slot_bytes(layer, form)
-        * (tokens if layer.past is None else min(tokens, layer.past + config.canvas_length))
-        for layer in config.layers
-    )
-
-
-def vocabulary_bytes(config: Config, form: Format) -> int:
-    """The plane of logits of one canvas: at most `Ops.vocab_rows` positions, wide.
-
-    PyTorch's plain path and NumPy keep all of it, MLX a few tiles, CUDA's kernels half.
-    """
-    return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
 
 
 def memory(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dgemma import machine
 from dgemma.network.ops.arrays import Array, Arrays
 
 
@@ -72,14 +71,11 @@ class Runtime(Arrays):
 
     def free_memory(self) -> int | None:
         """Bytes that weights may still take, on the device or the machine; None if unknown."""
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            available = next(line for line in lines if line.startswith("MemAvailable:"))
-            return 1024 * int(available.split()[1])
-        except (OSError, StopIteration):  # not Linux: three quarters of the memory, the rest is the system's
-            if not hasattr(os, "sysconf"):  # Windows
-                return None
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4
+        return machine.free_memory()
+
+    def total_memory(self) -> int | None:
+        """Bytes that weights could take with nothing else there; None if unknown."""
+        return machine.total_memory()
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """A pure function of arrays, traced and compiled if the backend can.
