@@ -9,7 +9,7 @@ import click
 
 from dgemma.checkpoint.hub import EVERY_FILE, resolve
 from dgemma.commands.errors import HELP, OneLine
-from dgemma.commands.progress import progress_bar, stderr_console
+from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.errors import CheckpointError, ConfigError
 from dgemma_convert.place import settle
@@ -63,8 +63,10 @@ def convert(
         raise click.UsageError("give the folder DEST to write, or --plan", click.get_current_context())
     if plan_only or as_json:
         check_stdout()
+    console = stderr_console()
+    notices = TerminalNotices(console)
     if plan_only or dest is None:
-        plan, _ = make_plan(resolve(source, files=_PLANNED), to, preset, settings, source)
+        plan, _ = make_plan(resolve(source, files=_PLANNED, notices=notices), to, preset, settings, source)
         facts = report(plan)
         if as_json:
             answer_json(facts)
@@ -73,10 +75,11 @@ def convert(
         return
     folder = _folder(dest)
     settle(folder)  # a destination that cannot be is known before a download
-    plan, checkpoint = make_plan(resolve(source, files=EVERY_FILE), to, preset, settings, source)
+    whole = resolve(source, files=EVERY_FILE, notices=notices)
+    plan, checkpoint = make_plan(whole, to, preset, settings, source)
     if checkpoint is None:
         raise CheckpointError(f"{source}: no .safetensors file here")
-    with progress_bar(stderr_console(), "converting", in_bytes=True) as update:
+    with progress_bar(console, "converting", in_bytes=True) as update:
         written = run(plan, checkpoint, folder, update)
     shown = dest if dest.isprintable() else repr(dest)
     note(f"dgemma: {shown} {'is written' if written else 'was written before; nothing to do'}")

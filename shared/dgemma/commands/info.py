@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.progress import TerminalNotices, stderr_console
 from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.reports import info as library
 
@@ -18,7 +19,7 @@ def info(model: str, as_json: bool) -> None:
     Only config.json is needed; of a hub id nothing else is downloaded.
     """
     check_stdout()
-    report = library.describe(model)
+    report = library.describe(model, TerminalNotices(stderr_console()))
     if as_json:
         answer_json(report)
     else:

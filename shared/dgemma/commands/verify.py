@@ -48,10 +48,12 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
     dgemma verify ./converted --against ./original
     """
     check_stdout()
-    folder, console = resolve(model), stderr_console()
+    console = stderr_console()
+    notices = TerminalNotices(console)
+    folder = resolve(model, notices=notices)
     # Errors of the other checkpoint or the backend come before minutes of reading.
-    pair = comparison.pair(folder, against) if against is not None else None
-    ops = make_ops(backend, notices=TerminalNotices(console)) if pair and pair[0] and logits else None
+    pair = comparison.pair(folder, against, notices) if against is not None else None
+    ops = make_ops(backend, notices=notices) if pair and pair[0] and logits else None
     with progress_bar(console, "checking values", in_bytes=True) as progress:
         report = {"model": model} | library.inspect(folder, progress)
     if pair:
