@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 
 import click
-from rich.console import Console
-
-from dgemma.commands.progress import progress_bar
 
 from .run import run
 
@@ -21,8 +19,9 @@ from .run import run
 def main(cases: int, seed: int, only: int | None, as_json: bool) -> None:
     """Load and run mutated checkpoints; the exit code is 1 if one ended otherwise than with an answer or a
     refusal in one line."""
-    with progress_bar(Console(stderr=True), "cases") as progress:
-        results = run(1, seed, progress, only) if only is not None else run(cases, seed, progress)
+    first, count = (0, cases) if only is None else (only, 1)
+    with click.progressbar(length=count, label="cases", file=sys.stderr) as bar:
+        results = run(count, seed, lambda done, total: bar.update(1), first)
     faults = [result for result in results if result["outcome"] == "fault"]
     if as_json:
         for result in results:
