@@ -154,7 +154,7 @@ def test_a_revision(hub: FakeHub, cache: Path, offline: Callable[[], None]) -> N
     refused(lambda: resolve("org/name@v2"), "'org/name'", "no revision 'v2'")
     offline()
     assert resolve("org/name@v1") == snapshot(cache)
-    refused(lambda: resolve("org/name"), "not in the cache")  # main was never asked for
+    refused(lambda: resolve("org/name"), "not wholly in the cache")  # main was never asked for
 
 
 def test_a_repository_of_something_else(hub: FakeHub, cache: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_repository_of_something_else(hub: FakeHub, cache: Path) -> None:
 
 def test_offline(cache: Path, hub: FakeHub, offline: Callable[[], None]) -> None:
     offline()
-    refused(lambda: resolve("org/name"), "'org/name'", "not in the cache", "HF_HUB_OFFLINE")
+    refused(lambda: resolve("org/name"), "'org/name'", "not wholly in the cache", "HF_HUB_OFFLINE")
 
 
 def test_a_whole_copy_serves_offline(cache: Path, hub: FakeHub, offline: Callable[[], None]) -> None:
@@ -397,3 +397,11 @@ def test_ctrl_c_ends_a_download_at_once(tmp_path: Path, whole: dict[str, bytes])
             assert process.wait(30) == 130
         finally:
             process.kill()
+
+
+def test_a_copy_of_a_model_that_has_no_tokenizer(hub: FakeHub, offline: Callable[[], None]) -> None:
+    """Only a copy without weights lacks what the hub may have."""
+    del hub.files["tokenizer.json"]
+    folder = resolve("org/name", progress=False)
+    offline()
+    assert resolve("org/name") == folder

@@ -42,7 +42,7 @@ EVERY_FILE = [
     "additional_chat_templates/*.jinja",
 ]
 
-_NEEDED = ("config.json", "tokenizer.json")  # of a copy in the cache that cannot be compared with the hub's
+_NEEDED = ("config.json", "tokenizer.json")
 
 
 def resolve(
@@ -127,7 +127,7 @@ def _without(repo: str, revision: str | None, files: Sequence[str], failure: dow
         again = "run this again online to complete the download"
         return f"the copy in the cache is a part of it and lacks {lacks[0]}{more}; {failure}; {again}"
     if failure.offline:
-        return f"not in the cache, and {failure}; connect to download it, or give a folder"
+        return f"not wholly in the cache, and {failure}; connect to download it, or give a folder"
     return str(failure)
 
 
@@ -146,8 +146,11 @@ def _check_listing(repo: str, listed: Sequence[str], files: Sequence[str]) -> No
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:
     """The files that a copy in the cache lacks, as far as it shows: the hub's list is not at hand."""
-    there = [name for name in os.listdir(folder) if matches(name, files)]
-    lacks = [name for name in _NEEDED if name in files and name not in there]
+    held = os.listdir(folder)
+    there = [name for name in held if matches(name, files)]
+    # Weights come last, so a copy with weights has all that the hub has beside them.
+    begun = not any(name.endswith(".safetensors") for name in held)
+    lacks = [name for name in _NEEDED if begun and name in files and name not in held]
     # A link without its blob: pruned, or not yet downloaded.
     lacks += sorted(name for name in there if not os.path.exists(folder / name))
     if not lacks and matches(SINGLE, files):

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.folder import INDEX, shards
+from dgemma.checkpoint.folder import read_shard, shards
 from dgemma.checkpoint.layouts.base import FLOATS, Piece
-from dgemma.checkpoint.safetensors import DTYPES, Entry, read_header
+from dgemma.checkpoint.safetensors import DTYPES, Entry
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import Progress
 from dgemma.formats.quantized import Form
@@ -289,9 +289,7 @@ def _readable(folder: Path) -> tuple[list[Entry], list[Finding]]:
         files = []
     for file in files:
         try:
-            if not file.exists():
-                raise CheckpointError(f"{file}: missing shard that {INDEX} names; download it again")
-            entries += read_header(file)
+            entries += read_shard(file)
         except CheckpointError as error:
             findings.append(Finding("file", " ".join(str(error).split()), file=file.name))
     return entries, findings
