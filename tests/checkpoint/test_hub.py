@@ -257,16 +257,12 @@ def test_refusals(hub: FakeHub, case: str) -> None:
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 @pytest.mark.parametrize("where", ["/api/models", "config.json"])
-def test_a_busy_hub_is_asked_again(
-    hub: FakeHub, status: int, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client has waits of its own
+def test_a_busy_hub_is_asked_again(hub: FakeHub, status: int, where: str) -> None:
     hub.fail = [(where, status, {"Retry-After": "3"})] * 2
     told = Told()
     Checkpoint.open(resolve("org/name", progress=False, notices=told))
     assert not hub.fail
-    if where == "/api/models":
-        assert told.texts == [f"'org/name': the hub is busy ({status}); trying again in 3 s"] * 2
+    assert told.texts == [f"'org/name': the hub is busy ({status}); trying again in 3 s"] * 2
 
 
 def test_waiting_has_an_end(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +280,11 @@ def test_waiting_has_an_end(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> No
     waits.clear()
     hub.fail = [("/api/models", 429, {"Retry-After": "3600"})]
     refused(lambda: resolve("org/name", notices=Told()), "'org/name'", "(429)", "try again in 3600 s")
+    assert not waits
+    hub.fail = [("model-00002", 429, {"Retry-After": "3600"})]
+    refused(
+        lambda: resolve("org/name", progress=False, notices=Told()), "(429)", "try again in 3600 s", "lacks"
+    )
     assert not waits
 
 
@@ -405,3 +406,19 @@ def test_a_copy_of_a_model_that_has_no_tokenizer(hub: FakeHub, offline: Callable
     folder = resolve("org/name", progress=False)
     offline()
     assert resolve("org/name") == folder
+
+
+def test_a_cache_that_may_not_be_read(
+    hub: FakeHub, offline: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve("org/name", progress=False)
+    offline()
+    own = os.listdir
+
+    def fail(path: Any) -> list[str]:
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied")
+        return own(path)
+
+    monkeypatch.setattr("os.listdir", fail)
+    refused(lambda: resolve("org/name"), "'org/name'", "cannot be read (Permission denied)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -72,6 +73,10 @@ def fetch(repo: str, revision: str | None, names: Sequence[str], progress: bool)
         for name in sorted(names, key=lambda name: (name.endswith(".safetensors"), name)):
             # The first file writes down which commit the revision is; all others are of this commit.
             commit = folder.name if folder else revision
+            if folder is None or not os.path.exists(folder / name):
+                # The client would wait without an end if a busy hub asks for it; this only asks.
+                url = hub.hf_hub_url(repo, name, revision=commit)
+                hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
             path = Path(hub.hf_hub_download(repo, name, revision=commit))
             folder = folder or path.parents[name.count("/")]
     assert folder is not None

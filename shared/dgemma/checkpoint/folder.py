@@ -28,7 +28,9 @@ def shards(folder: Path) -> list[Path]:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has an index or any safetensors file; CheckpointError if it cannot be listed."""
-    return _exists(folder / INDEX) or any(name.endswith(".safetensors") for name in _names(folder))
+    if _exists(folder / INDEX) or _exists(folder / SINGLE):
+        return True
+    return any(name.endswith(".safetensors") for name in _names(folder))
 
 
 def find_tensors(folder: Path) -> tuple[Path, dict[str, Entry]]:

@@ -15,7 +15,7 @@ from dgemma.checkpoint.hints import foreign_names, misplaced
 from dgemma.checkpoint.names import hub_id
 from dgemma.checkpoint.safetensors import TruncatedError, read_header
 from dgemma.errors import CheckpointError, ConfigError
-from dgemma.files import quoted, reason
+from dgemma.files import names, quoted, reason
 from dgemma.network.ops import Notices
 
 # The files of a model but its weights. A repository may hold other formats and demos beside and below them.
@@ -113,9 +113,11 @@ def _from_hub(
 
     try:
         folder = download.patiently(repo, notices, attempt)
+        _check_copy(repo, folder, files)
     except download.Failure as failure:
         raise CheckpointError(f"{repo!r}: {_without(repo, revision, files, failure)}") from None
-    _check_copy(repo, folder, files)
+    except ConfigError as error:
+        raise CheckpointError(f"{repo!r}: its copy in the cache: {error}") from None
     return folder
 
 
@@ -146,7 +148,7 @@ def _check_listing(repo: str, listed: Sequence[str], files: Sequence[str]) -> No
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:
     """The files that a copy in the cache lacks, as far as it shows: the hub's list is not at hand."""
-    held = os.listdir(folder)
+    held = names(folder)
     there = [name for name in held if matches(name, files)]
     # Weights come last, so a copy with weights has all that the hub has beside them.
     begun = not any(name.endswith(".safetensors") for name in held)
@@ -163,7 +165,7 @@ def _missing(folder: Path, files: Sequence[str]) -> list[str]:
 
 def _check_copy(repo: str, folder: Path, files: Sequence[str]) -> None:
     """CheckpointError if a file of the cache is cut, which the hub's client does not see."""
-    for name in sorted(os.listdir(folder)):
+    for name in names(folder):
         file = folder / name
         if not matches(name, files) or not os.path.isfile(file):
             continue
