@@ -339,7 +339,10 @@ def test_a_file_that_goes_away(hub: FakeHub) -> None:
     [
         (OSError(28, "No space left on device"), "No space left on device); make room"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
-        (RuntimeError("Data processing error:\nCAS"), "CAS); try again: what has arrived is kept"),
+        (
+            RuntimeError("Data processing error:\nCAS"),
+            "CAS); try again: whole files that have arrived are kept",
+        ),
         (ValueError("odd"), "odd"),
     ],
 )

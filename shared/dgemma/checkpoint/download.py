@@ -54,7 +54,7 @@ def listing(repo: str, revision: str | None) -> list[str]:
     with _failures(repo, revision):
         try:
             info = hub.HfApi().model_info(repo, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-            return [file.rfilename for file in info.siblings or ()]
+            return [file.rfilename for file in info.siblings or () if isinstance(file.rfilename, str)]
         except (KeyError, TypeError, AttributeError) as error:  # JSON, but of another service
             raise Failure("what answers is not the hub; see HF_ENDPOINT and the proxy", error) from None
 
@@ -183,7 +183,7 @@ def _explained(repo: str, revision: str | None, error: BaseException) -> Failure
     if text is None and isinstance(error, OSError) and error.errno is not None:  # of the disk
         text = f"the cache cannot be written ({error.strerror}); make room there, or name another in HF_HOME"
     if text is None:
-        text = f"download failed ({_short(error)}); try again: what has arrived is kept"
+        text = f"download failed ({_short(error)}); try again: whole files that have arrived are kept"
     return Failure(text, error)
 
 
