@@ -151,8 +151,8 @@ def _missing(folder: Path, files: Sequence[str]) -> list[str]:
     held = names(folder)
     there = [name for name in held if matches(name, files)]
     # Weights come last, so a copy with weights has all that the hub has beside them.
-    begun = not any(name.endswith(".safetensors") for name in held)
-    lacks = [name for name in _NEEDED if begun and name in files and name not in held]
+    bare = not any(name.endswith(".safetensors") for name in held)
+    lacks = [name for name in _NEEDED if bare and name in files and name not in held]
     # A link without its blob: pruned, or not yet downloaded.
     lacks += sorted(name for name in there if not os.path.exists(folder / name))
     if not lacks and matches(SINGLE, files):
