@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dgemma.errors import ConfigError
-from dgemma.files import exists, is_folder, names, read_text
+from dgemma.files import is_folder, names, read_text
 
 _CONFIG = "config.json"
 _CACHED = re.compile(r"models--(.+?)--(.+)")  # the hub's cache writes "/" as "--"
@@ -33,7 +33,7 @@ def misplaced(folder: Path) -> str | None:
     None for a folder that has one, and for a folder of which nothing can be said. ConfigError if the folder
     cannot be read.
     """
-    if exists(folder / _CONFIG):
+    if os.path.lexists(folder / _CONFIG):  # whoever reads it says what is wrong with it
         return None
     inside = names(folder)
     if text := _cached(folder):
