@@ -59,10 +59,6 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-def terminal(path: Path) -> None:
-    path.symlink_to("/dev/tty")
-
-
 def folder_of(path: Path) -> None:
     path.mkdir()
 
