@@ -1,4 +1,4 @@
-"""Checkpoints of which any file was changed: an answer or a refusal in one line, and never sound to verify alone.
+"""Checkpoints of which any file was changed: an answer, or a refusal in one line that verify sees coming.
 
 `python -m benchmarks.fuzz` runs ten thousand.
 """

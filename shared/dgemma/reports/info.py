@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.folder import has_weights
 from dgemma.checkpoint.hub import resolve
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
@@ -88,7 +89,7 @@ def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
     counts, active = parameter_counts(config), active_parameters(config)
-    checkpoint = Checkpoint.open(folder) if any(folder.glob("*.safetensors*")) else None
+    checkpoint = Checkpoint.open(folder) if has_weights(folder) else None
     forms = {name: source.form for name, source in checkpoint.sources.items()} if checkpoint else {}
     return {
         "model": str(model),

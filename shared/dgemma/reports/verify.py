@@ -16,8 +16,8 @@ from typing import Any
 
 from dgemma.checkpoint import values
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.folder import INDEX, shards
-from dgemma.checkpoint.safetensors import Entry, read_header
+from dgemma.checkpoint.folder import read_shard, shards
+from dgemma.checkpoint.safetensors import Entry
 from dgemma.checkpoint.values import Flaw, Subject
 from dgemma.errors import CheckpointError, DgemmaError
 from dgemma.files import Progress
@@ -123,9 +123,7 @@ def _readable(folder: Path) -> tuple[list[Entry], list[Finding]]:
         files = []
     for file in files:
         try:
-            if not file.exists():
-                raise CheckpointError(f"{file}: missing shard that {INDEX} names; download it again")
-            entries += read_header(file)
+            entries += read_shard(file)
         except CheckpointError as error:
             findings.append(Finding("file", " ".join(str(error).split()), file=file.name))
     return entries, findings
