@@ -114,6 +114,18 @@ def test_half_of_a_quantized_file(name: str, tmp_path: Path) -> None:
     assert dead(folder)
 
 
+def test_zeros_are_found_where_the_checkpoint_does_not_open(tmp_path: Path) -> None:
+    """By the names alone: biases and tied copies stay out."""
+    folder = make_checkpoint(tmp_path, small(attention_bias=True))
+    file = folder / "model.safetensors"
+    entries = read_header(file)
+    blank(file, entries[len(entries) // 2].offset)
+    (folder / "config.json").write_text("{")
+    found = dead(folder)
+    assert found and not any(name.endswith(".bias") for name in found)
+    assert {e.name for e in entries[len(entries) // 2 + 1 :] if len(e.shape) > 1} <= found
+
+
 # ---- tensors ------------------------------------------------------------------------------------
 
 NAMES = [param.name for param in text_parameters(read_config(small())) if param.name.count(".0.") == 0]
