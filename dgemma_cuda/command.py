@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from dgemma.backends import ACTIVATIONS, DTYPES, make_ops
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP, Number
+from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.options import Number, Whole
 from dgemma.commands.progress import TerminalNotices, stderr_console
+from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.files import load_json
 from dgemma.network.config import Config, read_config
 from dgemma.released import RELEASED_DIR
@@ -32,13 +32,13 @@ from dgemma.tiny import MODEL_DIR
 )
 @click.option("--random-weights", is_flag=True, required=True, help="Make the weights on the device.")
 @click.option(
-    "--context", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a prompt."
+    "--context", type=Whole(1, 1_000_000), default=1024, show_default=True, help="Tokens of a prompt."
 )
-@click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Canvases at once.")
+@click.option("--rows", type=Whole(1, 10_000), default=1, show_default=True, help="Canvases at once.")
 @click.option(
-    "--skew", type=Number(0), default=0.0, show_default=True, help="How unevenly experts are picked."
+    "--skew", type=Number(0, 10), default=0.0, show_default=True, help="How unevenly experts are picked."
 )
-@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Steps to time.")
+@click.option("--steps", type=Whole(1, 10_000), default=20, show_default=True, help="Steps to time.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of activations.")
 @click.option("--activations", type=click.Choice(ACTIVATIONS), help="Quantize what goes into experts, too.")
 @click.option("--device", metavar="NAME", help="A torch device, such as cuda:1.")
@@ -62,6 +62,7 @@ def bench(
     Nothing is downloaded. A part's floor follows from its bytes and products and the device's measured copy
     bandwidth and matrix throughput.
     """
+    check_stdout()
     _, config = read_geometry(geometry)
     console = stderr_console()
     ops: Any = make_ops(backend, dtype, device, activations, TerminalNotices(console))
@@ -69,7 +70,10 @@ def bench(
 
     with console.status("starting") as status:
         report = library.run(ops, config, form, context, rows, skew, steps, status.update)
-    click.echo(json.dumps(report) if as_json else library.text(report))
+    if as_json:
+        answer_json(report)
+    else:
+        answer(library.text(report))
 
 
 def read_geometry(name: str) -> tuple[Path, Config]:

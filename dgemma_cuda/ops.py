@@ -6,6 +6,8 @@ operations are differentiable, so that the same graph also trains; our kernels a
 
 from __future__ import annotations
 
+import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -285,12 +287,12 @@ class CudaOps(Ops):
         self,
         h: Array,
         table: Array,
-        softcap: float,
+        softcap: float | None,
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
-        if not self._has_kernel(table):
+        if softcap is None or not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
@@ -331,12 +333,7 @@ def make(
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             (notices or Notices()).say("no CUDA device found, the cuda backend runs on the CPU")
-    try:
-        place = torch.device(device)
-        torch.zeros(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} is not usable: {reason}") from None
+    place = _place(device)
     if activations and dtype == "float32":
         raise BackendError("activations in NVFP4 need bfloat16 beside them, not float32")
     if activations and (missing := fp4.unsupported(place)):
@@ -346,3 +343,19 @@ def make(
     # A soft embedding sums over the whole vocabulary, for which cuBLAS may else use bfloat16.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return CudaOps(place, getattr(torch, dtype), activations is not None, notices=notices)
+
+
+def _place(name: str) -> torch.device:
+    """The device of this name; BackendError in one line if it is not there or holds no data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that PyTorch once had a use for
+            place = torch.device(name)
+            torch.zeros(1, device=place).tolist()  # "meta" can make it, but not read it
+    # PyTorch was built without it; its driver; a plug-in of another package.
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0][:200]
+        raise BackendError(f"device {reprlib.repr(name)} is not usable: {reason}") from None
+    if place.type == "cpu" and place.index:
+        raise BackendError(f"device {reprlib.repr(name)} is not usable: there is one cpu, cpu:0")
+    return place

@@ -137,7 +137,7 @@ def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]
     D, V, N = config.hidden_size, config.vocab_size, config.canvas_length
     table, h = normal(V, D) * D**-0.5, normal(N, D)
     uniforms, heat = torch.rand(N, device=ops.device), torch.tensor(0.6, device=ops.device)
-    args = (h, table, config.softcap, heat, uniforms)
+    args = (h, table, config.softcap or 30.0, heat, uniforms)  # the kernel always caps
     nbytes = 2 * table.nbytes + 3 * 2 * N * V
     for field, bound in (("entropy", 1e-2), ("soft", 2**-5)):
         yield _timed(

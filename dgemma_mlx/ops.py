@@ -73,11 +73,13 @@ class MlxOps(MlxArrays):
         self,
         h: Array,
         table: Array,
-        softcap: float,
+        softcap: float | None,
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
     ) -> Prediction:
+        if softcap is None:
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
         step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
         if not soft_bound:
             return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)

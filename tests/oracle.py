@@ -7,6 +7,7 @@ weight that does nothing. Everything here runs on the CPU in milliseconds.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -202,6 +203,9 @@ def released_spelling(hf: DiffusionGemmaForBlockDiffusion) -> dict[str, Any]:
 
 # ---- transformers, driven as its own `generate` drives it ---------------------------------------
 
+_FORWARD = inspect.signature(DiffusionGemmaForBlockDiffusion.forward).parameters
+CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # its name since 5.24, and before
+
 
 class Reference:
     """Contexts and canvases with transformers. `pad` [B]: slots at a row's front that hold no token."""
@@ -220,7 +224,7 @@ class Reference:
         positions = torch.arange(self.length, total)[None]
         with torch.no_grad():
             self.hf.model.encoder(
-                input_ids=ids, attention_mask=mask, past_key_values=self.cache, position_ids=positions
+                input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: self.cache}
             )
         self.length = total
         return self
@@ -232,10 +236,10 @@ class Reference:
         with torch.no_grad():
             return self.hf(
                 decoder_input_ids=ids,
-                past_key_values=self.cache,
                 self_conditioning_logits=signal,
                 decoder_attention_mask=self._mask(len(ids), self.length + ids.shape[1]),
                 decoder_position_ids=torch.arange(self.length, self.length + ids.shape[1])[None],
+                **{CACHE: self.cache},
             ).logits.numpy()
 
     def _mask(self, rows: int, slots: int) -> torch.Tensor | None:

@@ -36,7 +36,7 @@ from dgemma.network.ops import Array, Mask
 from dgemma.network.ops.layers import geglu, visible
 from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
-from dgemma.text.chat import ChatTemplate
+from dgemma.text.template import ChatTemplate
 from dgemma.tiny import MODEL_DIR
 from dgemma_cuda.ops import CudaOps
 

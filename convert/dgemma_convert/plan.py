@@ -6,7 +6,6 @@ order, and a killed run can be told from a finished one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +32,12 @@ from .bf16 import Bf16Target
 from .mlx import MlxTarget
 from .nvfp4 import Nvfp4Target
 from .recipe import CLASSES, recipe
+from .source import listed
 from .target import Target
 
 TARGETS: dict[str, Target] = {target.name: target for target in (MlxTarget(), Nvfp4Target(), Bf16Target())}
 SHARD_BYTES = 5_000_000_000
+_DTYPES = ("dtype", "torch_dtype")  # transformers' names for it, now and before
 _ANNOUNCEMENTS = ("quantization", "quantization_config", "dgemma")
 
 
@@ -121,8 +122,9 @@ def make_plan(
     Such a folder is taken for the release's bfloat16, so that a plan can be made before a download.
     ConfigError and CheckpointError say what is wrong with files and settings.
     """
+    names = listed(folder)
     raw = load_json(folder / "config.json")
-    checkpoint = Checkpoint.open(folder) if any(folder.glob("*.safetensors*")) else None
+    checkpoint = Checkpoint.open(folder) if any(".safetensors" in name for name in names) else None
     if checkpoint is not None:
         geometry = checkpoint.config
         sources = list(checkpoint.sources.values())
@@ -139,7 +141,7 @@ def make_plan(
     forms = {param.name: chosen.form(param) for param in params}
     target.check(params, forms)
     jobs = _jobs(target, sources, forms, checkpoint)
-    bare = {key: value for key, value in raw.items() if key not in _ANNOUNCEMENTS}
+    bare = _in_bf16({key: value for key, value in raw.items() if key not in _ANNOUNCEMENTS})
     config = target.announce(bare, params, forms)
     own = folder / "generation_config.json"
     if to == "mlx" and own.exists():  # mlx-community's files have it inside as well
@@ -153,6 +155,17 @@ def make_plan(
     }
     plan = Plan(target, geometry, tuple(jobs), stored, config | {"dgemma": made}, target.files(params, forms))
     return plan, checkpoint
+
+
+def _in_bf16(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, where every type that it names, in its sections as well, is what is written: bfloat16."""
+    made: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            made[key] = _in_bf16(value)
+        else:
+            made[key] = "bfloat16" if key in _DTYPES and value is not None else value
+    return made
 
 
 def _jobs(
@@ -181,24 +194,27 @@ def _factored(target: Target, source: Source, forms: Mapping[str, Form | None]) 
 
 
 def _dtype(piece: Piece, source: Source, form: Form | None, checkpoint: Checkpoint | None) -> str:
-    """The type to write a tensor in: float scales that pass through keep theirs."""
+    """The type to write a tensor in: float scales that pass through keep theirs, and biases have the same."""
     if form == source.form and piece.role in ("scales", "biases") and checkpoint is not None:
-        own = next(p.name for p in source.pieces if p.role == piece.role)
+        own = next(p.name for p in source.pieces if p.role == "scales")
         if (dtype := checkpoint.entries[own].dtype) in piece.dtypes:
             return dtype
     return piece.dtypes[0]
 
 
-def fingerprint(plan: Plan, checkpoint: Checkpoint) -> str:
-    """A hash of all that a half-finished output must share with a run that goes on with it."""
-    files = sorted({entry.file for entry in checkpoint.entries.values()})
-    facts = {
-        "config": plan.config,
-        "outputs": [[o.name, o.dtype, o.shape] for job in plan.jobs for o in job.outputs],
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
-        "shards": [name for name, _ in plan.shards()],
-    }
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def header(jobs: Sequence[Job], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a shard and every tensor's offset in it. Padded to 8 bytes, as all writers do."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for output in (output for job in jobs for output in job.outputs):
+        offsets[output.name] = end
+        end += output.nbytes
+        spans = [offsets[output.name], end]
+        header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": spans}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    return len(raw).to_bytes(8, "little") + raw, {name: start + offset for name, offset in offsets.items()}
 
 
 # ---- as a report --------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Writes a planned conversion: streaming, resumable, and visible only when it is whole.
 
-Shards are written in a hidden folder beside the destination, each under a temporary name until its bytes are
-on the disk; the folder takes the destination's name last. So the destination is whole or not there, whatever
-kills a run, and the same command goes on with the first shard that is missing. A few threads convert parts of
-tensors (NumPy lets go of the interpreter) and write them at offsets known beforehand.
+Files are written in a hidden folder beside the destination, each under a temporary name until its bytes are
+on the disk; the folder takes the destination's name last, and the run holds its lock until it has. So the
+destination is whole or not there, whatever kills a run, and the same command goes on with the first shard
+that is missing. A few threads convert parts of tensors (NumPy lets go of the interpreter) and write them at
+offsets known beforehand.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import errno
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +25,98 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.faults import HF_QUANT_CONFIG
 from dgemma.checkpoint.folder import INDEX
 from dgemma.errors import CheckpointError, ConfigError
-from dgemma.files import Progress, load_json
+from dgemma.files import Progress
 from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
 from dgemma.reports.tables import amount
 from dgemma.reports.verify import scale_findings
 
 from .encode import cut, fields, parts
-from .plan import Job, Plan, fingerprint
+from .lock import locked as _locked
+from .place import STATE, TEMPORARY, Place, check_leftovers, keep_apart, settle, try_out
+from .plan import Job, Plan, header
+from .record import FOREIGN, facts, fault, index, names, source_digest, state_hash
+from .source import Watch, by_file, chunks, side_files, weight_files
 
 THREADS = min(4, os.cpu_count() or 1)
-_STATE = "plan.sha256"
-# Weights in any format: everything else of a source's folder comes along.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".index.json")
 
 
 def convert(plan: Plan, checkpoint: Checkpoint, dest: Path, progress: Progress | None = None) -> bool:
     """Convert into the folder `dest`; False if it holds this very conversion already.
 
     Goes on with what an interrupted run of the same plan has left. `progress(done, total)` counts bytes
-    written. CheckpointError for damage in the source and for a disk without room; ConfigError for a
-    destination that is something else, or that another run is writing.
+    written. CheckpointError for damage in the source, for a source that changes meanwhile, and for a disk
+    without room; ConfigError for a destination that is something else, or that another run is writing.
     """
-    if _is_done(plan, dest):
+    place = settle(dest)
+    checkpoint, watch = by_file(checkpoint)
+    keep_apart(place, checkpoint.folder, weight_files(checkpoint))
+    sides = side_files(checkpoint.folder, (INDEX, "config.json", HF_QUANT_CONFIG, STATE, *plan.files))
+    source = source_digest(checkpoint)
+    if _is_done(plan, source, place, sides):
         return False
-    work = dest.with_name(f".{dest.name}.partial")
-    _check_room(plan, work)
-    check_scales(checkpoint)
-    with _locked(work), _room():
-        _resume(work, fingerprint(plan, checkpoint))
-        done = 0
-        for name, jobs in plan.shards():
-            if not (work / name).exists():
-                _write_shard(work / name, jobs, plan, checkpoint, _shifted(progress, done, plan.nbytes))
-            done += sum(job.nbytes for job in jobs)
-            if progress:
-                progress(done, plan.nbytes)
-        _write_rest(plan, checkpoint.folder, work)
-        _publish(work, dest)
+    _check_room(plan, sides, place.work)
+    with _locked(place.work), _room(place.work):
+        place = replace(settle(place.target), shown=dest)
+        if _is_done(plan, source, place, sides):  # by a run that had the lock until now
+            return False
+        if not _is_whole(plan, source, place.work, sides):
+            check_leftovers(place.work)
+            try_out(place)
+            check_scales(checkpoint)
+            _resume(place.work, state_hash(plan, source, checkpoint))
+            _fill(plan, source, checkpoint, watch, place.work, sides, progress)
+        _publish(place)
     return True
 
 
-def _is_done(plan: Plan, dest: Path) -> bool:
-    """Whether `dest` holds this very conversion; ConfigError if it holds anything else."""
-    if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
+def _is_done(plan: Plan, source: str, place: Place, sides: Sequence[Path]) -> bool:
+    """Whether the destination holds this very conversion; ConfigError if it holds anything else."""
+    if not place.occupied:
         return False
-    try:
-        made = load_json(dest / "config.json").get("dgemma")
-    except ConfigError:
-        made = None
-    if made != plan.config["dgemma"]:
-        raise ConfigError(f"{dest}: exists and is not this conversion; remove it or name another folder")
+    if wrong := fault(plan, source, place.target, sides):
+        # Whatever else a folder holds, nobody is told to remove it.
+        advice = "name another folder" if wrong == FOREIGN else "remove it to convert again, or name another"
+        raise ConfigError(f"{place.shown}: {wrong}; {advice}")
     return True
+
+
+def _is_whole(plan: Plan, source: str, work: Path, sides: Sequence[Path]) -> bool:
+    """Whether a run was killed when only the destination's name was missing."""
+    unmarked = os.path.isdir(work) and not os.path.islink(work) and not os.path.lexists(work / STATE)
+    return unmarked and fault(plan, source, work, sides) is None
 
 
 def check_scales(checkpoint: Checkpoint) -> None:
     """CheckpointError for scales of a quantized source that are damaged: they would spoil all they scale."""
     for finding in scale_findings(checkpoint):
         raise CheckpointError(f"{checkpoint.folder}: {finding.text}")
+
+
+def _fill(
+    plan: Plan,
+    source: str,
+    checkpoint: Checkpoint,
+    watch: Watch,
+    work: Path,
+    sides: Sequence[Path],
+    progress: Progress | None,
+) -> None:
+    """All files of the output. Those beside the weights come first, as one may be unreadable."""
+    _write_rest(plan, sides, work)
+    done = 0
+    for name, jobs in plan.shards():
+        if not _is_shard(work / name, jobs, plan):
+            shifted = _shifted(progress, done, plan.nbytes)
+            _write_shard(work / name, jobs, plan, checkpoint, watch, shifted)
+        done += sum(job.nbytes for job in jobs)
+        if progress:
+            progress(done, plan.nbytes)
+    written = names(plan, sides)
+    for name in os.listdir(work):  # of a side file that the source has no longer
+        if name not in written and name != STATE:
+            (work / name).unlink()
+    _write_json(work / INDEX, index(plan, source, {name: facts(work / name) for name in written}))
 
 
 def _shifted(progress: Progress | None, by: int, total: int) -> Progress | None:
@@ -91,64 +127,41 @@ def _shifted(progress: Progress | None, by: int, total: int) -> Progress | None:
 
 
 @contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """The work folder, for one run at a time; the lock goes with the process, however it ends."""
-    try:
-        work.mkdir(exist_ok=True)
-        handle = os.open(work / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{work}: cannot be written ({error.strerror})") from None
-    try:
-        _lock(handle)
-    except OSError:
-        os.close(handle)
-        raise ConfigError(f"{work}: another run is writing this conversion") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """OSError if another process has the lock of this file."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    """Says in one line that the disk is full."""
+def _room(work: Path) -> Iterator[None]:
+    """Says in one line that the disk is full, or why it cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CheckpointError("the disk is full; make room and run the same command, which goes on") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = f"{work.parent}: the disk is full; make room and run the same command, which goes on"
+        else:
+            text = f"{work}: cannot be written ({error.strerror}); the same command goes on from here"
+        raise CheckpointError(text) from None
 
 
 def _resume(work: Path, state: str) -> None:
-    """Keep what a run of the same plan has left, remove what any other has."""
-    file = work / _STATE
-    if file.exists() and file.read_text() == state:
+    """Keep what a run of the same plan has left, remove what any other has, after `check_leftovers`."""
+    work.mkdir(exist_ok=True)
+    (work / TEMPORARY).unlink(missing_ok=True)
+    file = work / STATE
+    if file.exists() and file.read_bytes() == state.encode():
         return
-    for path in work.iterdir():
-        if path.name != ".lock":
-            path.unlink()
+    for name in os.listdir(work):
+        if name != STATE:
+            (work / name).unlink()
     _write_whole(file, state.encode())
 
 
-def _check_room(plan: Plan, work: Path) -> None:
+def _check_room(plan: Plan, sides: Sequence[Path], work: Path) -> None:
     """CheckpointError if the disk has no room for what is still to be written."""
-    if not work.parent.is_dir():
-        raise ConfigError(f"{work.parent}: no such folder to write to")
-    there = sum(path.stat().st_size for path in work.glob("*.safetensors"))
-    free, needed = shutil.disk_usage(work.parent).free, plan.nbytes - there
+    try:
+        there = sum(path.lstat().st_size for path in work.glob("[!.]*"))
+        needed = plan.nbytes + sum(path.stat().st_size for path in sides) - there
+        free = shutil.disk_usage(work.parent).free
+    except OSError as error:
+        raise ConfigError(
+            f"{work.parent}: cannot be written ({error.strerror}); name another folder"
+        ) from None
     if needed > free:
         raise CheckpointError(
             f"{work.parent}: {amount(needed)} are needed and {amount(free)} are free; make room or name "
@@ -156,55 +169,83 @@ def _check_room(plan: Plan, work: Path) -> None:
         )
 
 
-def _publish(work: Path, dest: Path) -> None:
+def _publish(place: Place) -> None:
     """The work folder becomes the destination."""
-    for name in (_STATE, ".lock"):
-        (work / name).unlink()
+    work, target = place.work, place.target
+    (work / STATE).unlink(missing_ok=True)
     _sync(work)
-    os.rename(work, dest)  # over an empty folder too
-    _sync(dest.parent)
+    try:
+        if target.exists():  # an empty folder, whose rights stay; not every system renames over it
+            with suppress(OSError):  # a file system without rights
+                os.chmod(work, stat.S_IMODE(target.stat().st_mode) | stat.S_IRWXU)
+            os.rmdir(target)
+        os.rename(work, target)
+    except OSError as error:
+        raise ConfigError(
+            f"{place.shown}: cannot be replaced ({error.strerror}) by {work}, which is finished; make way "
+            "and run the same command, which only takes the name"
+        ) from None
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """A file's bytes, or a folder's names, are on the disk. Not every file system can say so of a folder."""
+    is_folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not is_folder:
+            raise
 
 
 def _write_whole(path: Path, data: bytes) -> None:
     """A small file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    _write_chunks(path, [data])
+
+
+def _write_chunks(path: Path, data: Iterable[bytes]) -> None:
+    temporary = path.with_name(TEMPORARY)
+    with temporary.open("wb") as stream:
+        stream.writelines(data)
     _sync(temporary)
     os.replace(temporary, path)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    # A name that is no UTF-8 has halves of letters, which JSON writes as such an escape.
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    _write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 # ---- shards -------------------------------------------------------------------------------------
 
 
-def _header(jobs: list[Job], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The file's first bytes and every tensor's offset in it. Padded to 8 bytes, as all writers do."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offsets, end = {}, 0
-    for output in (output for job in jobs for output in job.outputs):
-        offsets[output.name] = end
-        end += output.nbytes
-        spans = [offsets[output.name], end]
-        header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": spans}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    return len(raw).to_bytes(8, "little") + raw, {name: start + offset for name, offset in offsets.items()}
+def _is_shard(path: Path, jobs: list[Job], plan: Plan) -> bool:
+    """Whether a file left by an interrupted run has this shard's size and header."""
+    if not path.exists():
+        return False
+    head, _ = header(jobs, plan.target.metadata)
+    if path.stat().st_size != len(head) + sum(job.nbytes for job in jobs):
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(head)) == head
 
 
 def _write_shard(
-    path: Path, jobs: list[Job], plan: Plan, checkpoint: Checkpoint, progress: Progress | None
+    path: Path,
+    jobs: list[Job],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    watch: Watch,
+    progress: Progress | None,
 ) -> None:
-    head, offsets = _header(jobs, plan.target.metadata)
+    head, offsets = header(jobs, plan.target.metadata)
     total = sum(job.nbytes for job in jobs)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(TEMPORARY)
     handle = os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     try:
         os.truncate(handle, len(head) + total)
@@ -218,6 +259,7 @@ def _write_shard(
         os.fsync(handle)
     finally:
         os.close(handle)
+    watch.check()
     os.replace(temporary, path)
 
 
@@ -232,7 +274,7 @@ def _convert(
         for output in job.outputs:
             if (piece := cut(output, made, start, stop)) is not None:
                 offset, data = piece
-                if output.role == "unused" and output.name in checkpoint.entries:
+                if output.role == "unused" and job.kept and output.name in checkpoint.entries:
                     data = checkpoint.entries[output.name].read().data  # a calibrated scale, no use to us
                 raw = data.tobytes()
                 _write_at(handle, offsets[output.name] + offset, raw)
@@ -264,14 +306,12 @@ def _write_at(handle: int, offset: int, data: bytes) -> None:
 # ---- the files beside the shards ------------------------------------------------------------------
 
 
-def _write_rest(plan: Plan, source: Path, work: Path) -> None:
-    """Index, configuration and the source's other files."""
-    weight_map = {o.name: name for name, jobs in plan.shards() for job in jobs for o in job.outputs}
-    index = {"metadata": {"total_size": plan.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-    made = {INDEX: index, "config.json": plan.config, **plan.files}
-    for name, data in made.items():
-        _write_whole(work / name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-    for path in sorted(source.iterdir()):
-        other = path.name in made or path.name == HF_QUANT_CONFIG or path.name.startswith(".")
-        if path.is_file() and not other and not path.name.endswith(_WEIGHTS):
-            _write_whole(work / path.name, path.read_bytes())
+def _write_rest(plan: Plan, sides: Sequence[Path], work: Path) -> None:
+    """Configuration and the source's other files; all but the index, which is the last."""
+    watch = Watch(sides)
+    for path in sides:
+        if not (work / path.name).exists() or facts(work / path.name) != facts(path):
+            _write_chunks(work / path.name, chunks(path))
+    watch.check()
+    for name, data in {"config.json": plan.config, **plan.files}.items():
+        _write_json(work / name, data)

@@ -6,17 +6,40 @@
         if isinstance(event, dgemma.Done):
             print(event.text)
 
-This module imports no framework; `load` imports that of its backend.
+This module imports no framework; `load` imports that of its backend. Each name is imported when it is asked
+for, so that the command answers Ctrl-C before NumPy has come.
 """
 
-from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
-from dgemma.engine.sampler import Step
-from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
-from dgemma.loading import load
-from dgemma.model import Model
-from dgemma.network.runner import Context
+from importlib import import_module
+
+TYPE_CHECKING = False  # as type checkers know it; `typing` is not needed before a framework is
+if TYPE_CHECKING:
+    from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
+    from dgemma.engine.sampler import Step
+    from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
+    from dgemma.loading import load
+    from dgemma.model import Model
+    from dgemma.network.runner import Context
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "engine.events": ("Committed", "Done", "Draft", "Event", "Prefill", "Stats"),
+    "engine.sampler": ("Step",),
+    "errors": ("BackendError", "CheckpointError", "ConfigError", "DgemmaError", "PromptError"),
+    "loading": ("load",),
+    "model": ("Model",),
+    "network.runner": ("Context",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f"dgemma.{home}"), name)
+            return value
+    raise AttributeError(f"module 'dgemma' has no attribute {name!r}")
+
 
 __all__ = [
     "BackendError",

@@ -2,21 +2,23 @@
 
 A command parses and calls; the work is in the library. Standard output carries the answer and nothing else.
 Notices, thoughts, the live view and statistics go to standard error. Wrong input ends in one line and exit
-code 1, a wrong command line in one line and exit code 2, Ctrl-C in 130. Anything else that escapes is a bug
-of ours and keeps its traceback.
+code 1, a wrong command line in one line and exit code 2, a signal in 128 and its number. Anything else that
+escapes is a bug of ours and keeps its traceback.
 
 `dgemma --help` prints the list of commands from the table, so it imports none of them.
 """
 
 from __future__ import annotations
 
+import reprlib
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
 
 from dgemma import __version__
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.streams import answer
 
 # By name: module and command, and the line in the list.
 COMMANDS = {
@@ -45,13 +47,36 @@ class Commands(OneLine, click.Group):
         command: click.Command = getattr(import_module(module), function)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in COMMANDS or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        close = get_close_matches(name, COMMANDS, 1)
+        advice = f"Did you mean {close[0]!r}?" if close else "A prompt goes to 'generate'."
+        raise click.UsageError(f"No such command {reprlib.repr(name)}. {advice}", ctx)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
 
 
+def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        answer(f"dgemma {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=Commands, context_settings=HELP, invoke_without_command=True)
-@click.version_option(__version__, prog_name="dgemma", message="%(prog)s %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Run DiffusionGemma: text written a canvas at a time, by denoising.
@@ -59,4 +84,4 @@ def main(ctx: click.Context) -> None:
     Without --model a small embedded model answers, which knows a few toy tasks and needs no download.
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        answer(ctx.get_help())

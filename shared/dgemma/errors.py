@@ -22,3 +22,16 @@ class PromptError(DgemmaError):
 
 class BackendError(DgemmaError):
     """The requested backend, device or number type is not available on this machine."""
+
+
+def visible(text: str) -> str:
+    """Text for one line of a terminal: breaks are spaces, and what no letter is, such as ESC, an escape.
+
+    Names of files and tensors may hold anything, half a surrogate pair too, which no stream takes.
+    """
+    shown = "".join(char if char.isprintable() or char.isspace() else _escaped(char) for char in text)
+    return " ".join(shown.split())
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

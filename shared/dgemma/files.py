@@ -16,11 +16,18 @@ Progress = Callable[[int, int], None]  # done and total, in bytes or tokens
 
 # No size of a model comes near it. Arithmetic on larger integers of a broken file would overflow.
 MAX_SIZE = 2**31 - 1
-TEXT_BYTES = (
-    1 << 26
-)  # of a file of text; the largest of a released checkpoint, but for its tokenizer, has 4 MB
+# Bytes of a file of text; the largest of a released checkpoint, but for its tokenizer, has 4 MB.
+TEXT_BYTES = 1 << 26
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200  # letters; no name of a tensor has as many
 
 _POINTER = "version https://git-lfs.github.com/spec/"
+
+
+def whole(value: Any) -> Any:
+    """A float without a fraction as the integer that it is, as writers of JSON spell 256.0; else `value`."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Reader:
@@ -37,8 +44,8 @@ class Reader:
             if default is ...:
                 raise ConfigError(f"{self.where}: missing key {key!r}")
             return default
-        value = self.data[key]
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        value = whole(self.data[key]) if int in kinds and float not in kinds else self.data[key]
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kinds):
             raise self.unusable(key)
         return value
@@ -77,18 +84,53 @@ class Reader:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file of this name. ConfigError for a link that leads nowhere: it is no absence."""
+    """Whether there is a file or a folder of this name.
+
+    ConfigError where that cannot be known: for a folder that may not be searched or a name that no file
+    system takes; and for a link that leads nowhere, which is no absence.
+    """
+    return _status(path) is not None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of this name; ConfigError where `exists` raises it."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def _status(path: Path) -> os.stat_result | None:
     try:
-        os.stat(path)
-    except FileNotFoundError:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         if os.path.islink(path):
             raise ConfigError(f"{path}: a link to {os.readlink(path)}, which is not there") from None
-        return False
-    except NotADirectoryError:
-        return False
+        return None
     except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
-    return True
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a regular file; ConfigError if it is none, as to open a pipe would wait for ever."""
+    status = _status(path)
+    if status is None:
+        raise ConfigError(f"{path}: no such file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: not a regular file but {_kind(status.st_mode)}")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder, in order, hidden ones left out; ConfigError if it cannot be listed."""
+    try:
+        # macOS leaves hidden files such as ._model.safetensors beside copies.
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: cannot be read ({reason(error)})") from None
 
 
 def read_text(path: Path, most: int = TEXT_BYTES) -> str:
@@ -96,14 +138,9 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
 
     A byte order mark is left out. Only a regular file is opened: a pipe would wait for ever.
     """
-    if not exists(path):
-        raise ConfigError(f"{path}: no such file")
+    if (found := file_size(path)) > most:
+        raise ConfigError(f"{path}: {found:,} bytes are too many for this file")
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: not a regular file")
-        if status.st_size > most:
-            raise ConfigError(f"{path}: {status.st_size:,} bytes are too many for this file")
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({reason(error)})") from None
@@ -114,6 +151,11 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
     if text.startswith(_POINTER):
         raise ConfigError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
     return text
+
+
+def quoted(value: Any) -> str:
+    """A value of a file as an error shows it: as Python writes it, cut in the middle if it is long."""
+    return _SHORT.repr(value)
 
 
 def reason(error: OSError | ValueError) -> str:

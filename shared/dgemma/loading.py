@@ -10,7 +10,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dgemma import machine
@@ -18,10 +18,10 @@ from dgemma.backends import choose, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint, read_configs
 from dgemma.checkpoint.faults import expected_parameters, find_announcement
 from dgemma.checkpoint.folder import INDEX
-from dgemma.checkpoint.hub import HUB_FILES, resolve
+from dgemma.checkpoint.hub import SMALL_FILES, resolve
 from dgemma.checkpoint.layouts import detect
 from dgemma.errors import BackendError, CheckpointError, ConfigError
-from dgemma.files import Progress, exists, load_json
+from dgemma.files import MAX_SIZE, Progress, exists, load_json
 from dgemma.formats.quantized import Form
 from dgemma.model import Model
 from dgemma.network.config import Config
@@ -31,7 +31,6 @@ from dgemma.settings import GenerationConfig
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
 
-SMALL_FILES = [name for name in HUB_FILES if name != "*.safetensors"]
 # "0" lets weights be loaded that exceed the memory there is.
 MEMORY_CHECK = "DGEMMA_MEMORY_CHECK"
 
@@ -63,7 +62,7 @@ def load(
         )
     backend = choose(backend, dtype, device, activations)
     given = _model(model)
-    folder = resolve(given, files=SMALL_FILES)
+    folder = resolve(given, files=SMALL_FILES, notices=notices)
     small = open_small(folder)
     forms = announced_forms(folder, small.config)
     held = _dtype_on_host(backend, dtype, device)
@@ -76,7 +75,7 @@ def load(
     ops = make_ops(backend, dtype, device, activations, notices)
     check_memory(folder, small.config, forms, ops.dtype_name, ops.total_memory())
     if checkpoint is None:
-        whole = resolve(given)
+        whole = resolve(given, notices=notices)
         small = small if whole == folder else open_small(whole)  # a branch of the hub may have moved on
         checkpoint = Checkpoint.open(whole)
     for note in small.notes:
@@ -86,7 +85,26 @@ def load(
     if free is not None and needed > free:
         ops.notices.say(f"the weights take {_gb(needed)}, and {_gb(free)} are free: memory may run out")
     weights = checkpoint.load(ops, progress)
-    return Model(ops, checkpoint.config, checkpoint.generation, weights, small.tokenizer)
+    generation = checkpoint.generation
+    if not generation.stop_ids:
+        generation = replace(generation, stop_ids=_stop_ids(checkpoint, small.tokenizer))
+        if not generation.stop_ids:
+            ops.notices.say(
+                f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does"
+            )
+    return Model(ops, checkpoint.config, generation, weights, small.tokenizer)
+
+
+def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids that end a reply by the tokenizer's files: for a checkpoint whose configuration names none."""
+    if tokenizer is None:
+        return ()
+    path = checkpoint.folder / "tokenizer_config.json"
+    eos = load_json(path).get("eos_token") if exists(path) else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    known = tokenizer.raw.get_vocab()
+    names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
+    return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < checkpoint.config.vocab_size)
 
 
 def _model(model: object) -> str | Path:

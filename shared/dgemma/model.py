@@ -74,15 +74,22 @@ class Model(Runner):
         thinking: bool = False,
         seed: int | None = None,
         row_ids: Sequence[int] | None = None,
+        continue_final_message: bool = False,
+        control_tokens: bool = False,
         **settings: Unpack[Settings],
     ) -> Iterator[Event]:
         """Replies to one prompt or a batch, as events; every row ends with a `Done`.
 
-        `prompt` is a conversation (list of messages), a list of token ids, or a list of either. `settings`
-        override the checkpoint's `GenerationConfig` by field name. A missing `seed` is drawn and reported.
-        `row_ids` key each row's noise. The default id follows from the prompt itself, so that a row draws the
-        same noise alone and in a batch. Closing the iterator stops within a step. PromptError and ConfigError
-        come before the first event.
+        `prompt` is a conversation (list of messages), a list of token ids, or a list of either. With
+        `continue_final_message` a conversation ends with the beginning of the answer, and the reply goes on
+        from there. A control token that a message spells is text unless `control_tokens` is set. `settings`
+        override the checkpoint's `GenerationConfig` by field name, within `dgemma.settings.RANGES`. A missing
+        `seed` is drawn and reported. `row_ids` key each row's noise; they and the seed have 64 bits. The
+        default id follows from the prompt itself, so that a row draws the same noise alone and in a batch.
+        Closing the iterator stops within a step. PromptError and ConfigError come before the first event.
         """
         config = self.generation.override(**settings)
-        return generate(self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids)
+        return generate(
+            self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids,
+            continue_final_message, control_tokens,
+        )  # fmt: skip

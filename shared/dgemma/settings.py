@@ -3,13 +3,77 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from math import isfinite
-from typing import Any, TypedDict
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 from dgemma.errors import ConfigError
-from dgemma.files import Reader
+from dgemma.files import MAX_SIZE, Reader, whole
+
+
+class Range(NamedTuple):
+    """The numbers that a setting may have: from `least` to `most`, without an end that is open."""
+
+    least: float
+    most: float
+    whole: bool = False
+    open_least: bool = False
+    open_most: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        above = self.least < value if self.open_least else self.least <= value
+        return bool(above and (value < self.most if self.open_most else value <= self.most))
+
+    def __str__(self) -> str:
+        least, most = (f"{end:d}" if isinstance(end, int) else f"{end:g}" for end in self[:2])
+        above = "above" if self.open_least else "at least"
+        return f"{above} {least} and {'below' if self.open_most else 'at most'} {most}"
+
+
+# Every number is far inside what the arithmetic bears, and the ends are beyond any use. A million steps that
+# never settle are a quarter of an hour for the embedded model and most of a day for the released one: more
+# could not be told from a hang. Temperatures divide logits of at most 30 in float32, and entropies are
+# compared in float32; a billion nats are more than any canvas has. Seeds and row ids key a counter-based
+# generator with 64 bits each; what is beyond would silently draw another seed's noise.
+RANGES: dict[str, Range] = {
+    "steps": Range(1, 1_000_000, whole=True),
+    "t_max": Range(1e-6, 1_000_000),
+    "t_min": Range(1e-6, 1_000_000),
+    "entropy_bound": Range(0, 1_000_000_000),
+    "stability": Range(0, 1_000_000, whole=True),
+    "confidence": Range(0, 1_000_000_000, open_least=True),
+    "max_new_tokens": Range(1, MAX_SIZE, whole=True),
+    "soft_bound": Range(0, 1, open_most=True),
+    "seed": Range(0, 2**64 - 1, whole=True),
+    "row_ids": Range(0, 2**64 - 1, whole=True),
+}
+
+
+def number(name: str, value: Any) -> Any:
+    """`value` as Python's int or float, within the range of `name`; ConfigError otherwise.
+
+    NumPy's numbers are as good as Python's. A bool is no number, and a float is no whole one.
+    """
+    limits = RANGES[name]
+    if not isinstance(value, Integral if limits.whole else Real) or isinstance(value, bool):
+        raise ConfigError(f"{name} has the unusable value {shown(value)}")
+    kind: Any = int if limits.whole else float
+    try:
+        if (given := kind(value)) in limits:  # NaN is in no range
+            return given
+    except OverflowError:  # of a whole number that no float holds
+        pass
+    raise ConfigError(f"{name} must be {limits}, not {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error: short, whatever its size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"{type(value).__name__} with thousands of digits"
 
 
 class Settings(TypedDict, total=False):
@@ -47,31 +111,28 @@ class GenerationConfig:
             raise ConfigError(
                 f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
             )
-        given = {k: v for k, v in changes.items() if v is not None}
-        for name, value in given.items():
-            whole = name in ("steps", "stability", "max_new_tokens")
-            kind = tuple if name == "stop_ids" else int if whole else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{name} has the unusable value {reprlib.repr(value)}")
-            if isinstance(value, float) and not isfinite(value):
-                raise ConfigError(f"{name} must be a finite number")
+        given: dict[str, Any] = {
+            name: _stop_id_list(value) if name == "stop_ids" else number(name, value)
+            for name, value in changes.items()
+            if value is not None
+        }
         return replace(self, **given)._checked()
 
     def _checked(self) -> GenerationConfig:
-        rules = {
-            "steps must be at least 1": self.steps >= 1,
-            "t_min must be above 0": self.t_min > 0,
-            "t_max must not be below t_min": self.t_max >= self.t_min,
-            "entropy_bound must not be negative": self.entropy_bound >= 0,
-            "stability must not be negative": self.stability >= 0,
-            "confidence must be above 0": self.confidence > 0,
-            "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
-            "soft_bound must be at least 0 and below 1": 0 <= self.soft_bound < 1,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise ConfigError(rule)
+        for field in fields(self):
+            if field.name in RANGES:
+                number(field.name, getattr(self, field.name))
+        if self.t_max < self.t_min:
+            raise ConfigError(f"t_max {self.t_max} must not be below t_min {self.t_min}")
         return self
+
+
+def _stop_id_list(value: Any) -> tuple[int, ...]:
+    ids: Any = value if isinstance(value, list | tuple) else [None]
+    for id in ids:
+        if not isinstance(id, Integral) or isinstance(id, bool) or not 0 <= int(id) <= MAX_SIZE:
+            raise ConfigError(f"stop_ids has the unusable value {shown(value)}")
+    return tuple(int(id) for id in ids)
 
 
 # The meaning of an absent or null value, as in every file that transformers saves untouched: transformers'
@@ -96,12 +157,15 @@ def read_generation_config(
     """GenerationConfig from the dictionary of generation_config.json; `data` is None without that file.
 
     `config` is the dictionary of config.json. Its own "generation_config" (mlx-community) stands in for
-    the file, its eos_token_id for missing stop ids. `vocab_size` bounds those. Absent or null numbers take
-    the reference's defaults. ConfigError for a sampler other than the entropy-bound one, and for a value of
-    the wrong type or outside its range.
+    the file. Missing stop ids are taken from there, then from its eos_token_id, then from its text_config's.
+    `vocab_size` bounds them. Absent or null numbers take the reference's defaults. ConfigError for a sampler
+    other than the entropy-bound one, and for a value of the wrong type or outside its range.
     """
-    config = config or {}
-    given = Reader(data if data is not None else config.get("generation_config") or {}, where).data
+    config, beside = config or {}, str(Path(where).with_name("config.json"))
+    embedded = config.get("generation_config")
+    if data is None:
+        data, where = embedded or {}, f"{beside}: generation_config"
+    given = Reader(data, where).data
     top = Reader(_SAMPLER_DEFAULTS | {k: v for k, v in given.items() if v is not None}, where)
     sampler = top.sub("sampler_config")
     name = sampler.get("_cls_name", str, "EntropyBoundSamplerConfig")
@@ -116,7 +180,10 @@ def read_generation_config(
         confidence=top.number("confidence_threshold"),
         max_new_tokens=top.size("max_new_tokens"),
         # The file wins: config.json's list lacks <|tool_response>, and a tool call would never end.
-        stop_ids=_stop_ids(top.data.get("eos_token_id", config.get("eos_token_id")), vocab_size, where),
+        stop_ids=_stop_ids(
+            [(given, where)] + [(x, beside) for x in (embedded, config, config.get("text_config"))],
+            vocab_size,
+        ),
     )
     try:
         return result._checked()
@@ -124,8 +191,11 @@ def read_generation_config(
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _stop_ids(stops: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
+def _stop_ids(places: Iterable[tuple[Any, str]], vocab_size: int) -> tuple[int, ...]:
+    """The eos_token_id of the first of these objects, each with its file, that has any; () if none has."""
+    found = ((x.get("eos_token_id"), where) for x, where in places if isinstance(x, Mapping))
+    stops, where = next(((stops, where) for stops, where in found if stops not in (None, [])), ([], ""))
+    stop_ids = tuple(whole(stop) for stop in (stops if isinstance(stops, list) else [stops]))
     for stop in stop_ids:
         if type(stop) is not int or not 0 <= stop < vocab_size:
             shown = reprlib.repr(stop)

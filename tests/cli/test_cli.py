@@ -21,7 +21,8 @@ from dgemma.cli import main
 from dgemma.commands.generate import print_reply
 from dgemma.commands.progress import progress_bar
 from dgemma.engine.events import Done, Stats
-from dgemma.text.chat import ToolCall
+from dgemma.text.calls import ToolCall
+from dgemma.text.reply import Unread
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
@@ -89,7 +90,7 @@ def test_version() -> None:
 def test_the_packages_have_the_same_command(module: str) -> None:
     text = python("-m", module, "--help").stdout
     usage, _, rest = text.partition("\n")
-    assert usage == f"Usage: python -m {module} [OPTIONS]"
+    assert usage == f"Usage: python -m {module} [OPTIONS] [PROMPT]..."
     assert rest == python("-m", "dgemma", "generate", "--help").stdout.partition("\n")[2]
 
 
@@ -183,6 +184,31 @@ def test_messages_come_from_a_file_or_stdin(model: Path, tmp_path: Path) -> None
     assert full["prompt_tokens"] == counts[2]
 
 
+def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
+    """Its tokens and seed count, what changes nothing here is named on stderr."""
+    asked = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}], "model": "m", "stream": True}
+    data = asked | {"max_tokens": 3, "seed": 5, "n": 1, "stop": None, "response_format": {"type": "text"}}
+    args = ("generate", "--model", str(model), "--backend", "numpy", "--json", "--messages", "-")
+    result = call(*args, stdin=json.dumps(data))
+    reply = json.loads(result.stdout)
+    assert (reply["tokens"], reply["seed"]) == (3, 5)
+    assert "not used of the request: model, stream" in result.stderr
+    options = call(*args, "--max-tokens", "4", "--seed", "6", stdin=json.dumps(data))
+    reply = json.loads(options.stdout)
+    assert (reply["tokens"], reply["seed"]) == (4, 6)
+
+
+def test_an_answer_is_continued(model: Path) -> None:
+    data = [{"role": "user", "content": 'Reverse "canvas".'}, {"role": "assistant", "content": "sav"}]
+    args = ("generate", "--model", str(model), "--backend", "numpy", "--seed", "0", "--messages", "-")
+    counts = []
+    for more in ((), ("--continue",)):
+        result = call(*args, "--json", *more, stdin=json.dumps(data))
+        counts.append(json.loads(result.stdout)["prompt_tokens"])
+    assert counts[1] < counts[0]  # without the end of that turn and the beginning of another
+    assert_one_line(call(*args, "--continue", stdin=json.dumps(data[:1])), 1, "can be continued")
+
+
 def test_thinking_changes_the_prompt(model: Path) -> None:
     args = ["generate", "--model", model, *SHORT, "--json", "--prompt", "Hi"]
     plain, thinking = (
@@ -246,6 +272,14 @@ def test_thoughts_go_to_stderr_and_calls_are_the_answer(capsys: pytest.CaptureFi
     assert err == "hm\n"
 
 
+def test_a_call_that_cannot_be_read_is_the_answer_and_the_reason_a_notice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_reply(reply(text="call:f{", unread=(Unread("call:f{", "it has no end"),)))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("call:f{\n", "dgemma: a tool call stays text: it has no end\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "notice"),
     [
@@ -282,13 +316,17 @@ COMMAND_LINES = {
     "unknown option": (["--nope"], "No such option", 2),
     "unknown backend": (["--backend", "tpu"], "'tpu' is not one of", 2),
     "unknown dtype": (["--dtype", "int1"], "'int1' is not one of", 2),
-    "zero tokens": (["--max-tokens", "0"], "'--max-tokens': 0 is not in the range x>=1", 2),
+    "zero tokens": (["--max-tokens", "0"], "'--max-tokens': 0 is not in the range 1<=x<=2147483647", 2),
     "negative steps": (["--steps", "-1"], "'--steps': -1 is not in the range", 2),
-    "negative bound": (["--entropy-bound", "-0.1"], "'--entropy-bound': -0.1 is not in the range x>=0", 2),
+    "negative bound": (
+        ["--entropy-bound", "-0.1"],
+        "-0.1 is not in the range 0<=x<=1000000000;",
+        2,
+    ),
     "NaN": (["--t-min", "nan"], "'nan' is not a finite number", 2),
     "infinity": (["--confidence", "inf"], "'inf' is not a finite number", 2),
     "no number": (["--seed", "one"], "'one' is not a valid integer", 2),
-    "negative seed": (["--seed", "-1"], "-1 is not in the range x>=0", 2),
+    "negative seed": (["--seed", "-1"], "-1 is not in the range 0<=x<=18446744073709551615", 2),
     "missing messages": (["--messages", "nope.json"], "'nope.json': No such file", 2),
     "missing folder": (["--prompt", "a", *NUMPY, "--model", "./nope"], "'./nope': no such folder", 1),
     "bad hub id": (["--prompt", "a", *NUMPY, "--model", "a b"], "'a b' is neither a folder nor a hub id", 1),
@@ -313,16 +351,21 @@ def test_unknown_command() -> None:
     assert_one_line(call("generat"), 2, "No such command 'generat'")
 
 
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}]}
 MESSAGES = {
     "not JSON": ("[{", "not readable as JSON"),
     "deep": ("[" * 100_000, "not readable as JSON"),
     "a string": ('"hi"', "messages must be a non-empty list"),
     "empty": ([], "messages must be a non-empty list"),
-    "no messages": ({"tools": []}, "messages must be a non-empty list"),
-    "unknown key": ({"messages": [], "temperature": 1}, "unknown key 'temperature'"),
+    "no messages": ({"tools": []}, "has no 'messages'"),
+    "messages of no kind": ({"messages": [], "temperature": 1}, "messages must be a non-empty list"),
+    "another form of answer": (ASKED | {"response_format": {"type": "json_object"}}, "'response_format'"),
+    "several answers": (ASKED | {"n": 2}, "'n' 2 is not supported"),
+    "no number": ('[{"role": "user", "content": "a", "x": NaN}]', "NaN is no number"),
+    "a picture": ([{"role": "user", "content": [{"type": "image_url"}]}], "part 0 is of type"),
     "no role": ([{"content": "hi"}], "message 0: expected an object with a 'role'"),
     "wrong role": ([{"role": "wizard", "content": "hi"}], "message 0: unknown role 'wizard'; known: system"),
-    "wrong content": ([{"role": "user", "content": 5}], "message 0: 'content' must be"),
+    "wrong content": ([{"role": "user", "content": 5}], "message 0: content must be text"),
     "tools no list": ({"messages": [{"role": "user", "content": "hi"}], "tools": {}}, "tools must be a list"),
     "tool no function": ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tool 0 must have"),
 }
@@ -356,8 +399,9 @@ def test_two_systems_and_two_lists_of_tools(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "part"),
     [
-        (["--t-max", "0.1", "--t-min", "0.5"], "t_max must not be below t_min"),
-        (["--max-tokens", "999999"], "lower max_new_tokens"),
+        (["--t-max", "0.1"], "--t-max 0.1 must not be below --t-min 0.4"),
+        (["--t-min", "7"], "--t-max 0.8 must not be below --t-min 7.0"),
+        (["--max-tokens", "999999"], "prompt and --max-tokens need"),
     ],
 )
 def test_settings_that_the_model_refuses(args: list[str], part: str, model: Path) -> None:
@@ -431,7 +475,7 @@ def test_an_interrupt_ends_in_one_line(model: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == ""
-    assert err.endswith("\ndgemma: interrupted\n")
+    assert err.splitlines()[-1] == "dgemma: interrupted"
     assert "Traceback" not in err
 
 
@@ -463,3 +507,17 @@ def test_a_bar_appears_for_work_that_takes_long(
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert ("loading weights" in output) == shown
     assert bool(output) == shown
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("dgemma.commands.progress.time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with progress_bar(console, "reading the prompt") as bar:
+        for seconds in (0.5, 1.5, 6.0, 12.0, 13.0):
+            bar(int(seconds), 100, "writing canvas 1")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines == ["dgemma: writing canvas 1, 1%", "dgemma: writing canvas 1, 12%"]

@@ -1,6 +1,5 @@
 """Conversions end to end: what is in the output, and what happens when something is in the way."""
 
-import hashlib
 import json
 import os
 import random
@@ -15,18 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.cli import main
 from dgemma.errors import DgemmaError
 from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma_convert import stream
-from dgemma_convert.encode import values
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, Tensor, make_checkpoint, small, write_json
+from tests.convert.conversions import call, decoded, digest, refused, run
 
 CONFIG = small(hidden_size=128, intermediate_size=64, moe_intermediate_size=64, vocab_size=480) | {
     "vision_config": SMALL_VISION
@@ -44,29 +41,6 @@ convert()
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("source") / "small", CONFIG, shards=3, tokenizer=True)
-
-
-def call(*args: str | Path) -> Result:
-    result = CliRunner().invoke(main, ["convert", *(str(arg) for arg in args)])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-def run(source: Path, dest: Path, to: str, *settings: str) -> Path:
-    plan, checkpoint = make_plan(source, to, "balanced", settings)
-    assert checkpoint is not None
-    assert stream.convert(plan, checkpoint, dest)
-    return dest
-
-
-def decoded(folder: Path) -> dict[str, np.ndarray]:
-    checkpoint = Checkpoint.open(folder)
-    return {name: values(checkpoint.read(name)) for name in checkpoint.sources}
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def rms(a: np.ndarray, b: np.ndarray) -> float:
@@ -218,13 +192,6 @@ def test_a_second_run_says_so(source: Path, tmp_path: Path) -> None:
     assert "nothing to do" in second.stderr
     assert first.stdout == second.stdout == ""
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
-
-
-def refused(result: Result, fault: str) -> None:
-    assert result.exit_code == 1
-    assert result.stderr.startswith("dgemma: error: ")
-    assert result.stderr.count("\n") == 1
-    assert fault in result.stderr
 
 
 def test_a_destination_that_is_something_else(source: Path, tmp_path: Path) -> None:

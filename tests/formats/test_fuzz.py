@@ -42,6 +42,7 @@ LAYOUTS: dict[str, Callable[[], Written]] = {
     "modelopt apart": lambda: writers.modelopt(TINY, (1,), apart=True),
     "compressed nvfp4": lambda: writers.compressed_nvfp4(TINY),
     "compressed fp8": lambda: writers.compressed_fp8(TINY),
+    "compressed int": lambda: writers.compressed_int(TINY, 4, 32),
 }
 SAFETENSORS = "model.safetensors"
 # What an error may name: the file at fault, or the one that says what there should be.
@@ -336,7 +337,16 @@ def announcement(written: Written) -> dict[str, Any]:
     return {key: value for key, value in written.config.items() if key.startswith("quantization")}
 
 
-FORMATS = ["affine", "mxfp4", "mxfp8", "nvfp4", "modelopt", "compressed nvfp4", "compressed fp8"]
+FORMATS = [
+    "affine",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "modelopt",
+    "compressed nvfp4",
+    "compressed fp8",
+    "compressed int",
+]
 PAIRS = [(says, has) for says in FORMATS for has in [*FORMATS, "plain"] if says != has]
 
 
@@ -360,6 +370,9 @@ def test_nothing_is_announced(layout: str, tmp_path: Path) -> None:
     refused(written.write(tmp_path), SAFETENSORS, "does not announce")
 
 
+UNREAD = ("input_scale", "input_global_scale", "weight_shape")
+
+
 def test_any_missing_tensor_is_named(layout: str, tmp_path: Path) -> None:
     """One tensor of every role is gone: it is named, or its module's where that is no longer quantized."""
     written = small(layout)
@@ -368,22 +381,26 @@ def test_any_missing_tensor_is_named(layout: str, tmp_path: Path) -> None:
         del less.tensors[name]
         if name.endswith("weight_scale_2") and layout == "nvfp4 with factors":
             continue  # MLX's files need no factor, so one that is gone leaves no trace
+        if name.rpartition(".")[2] in UNREAD:
+            assert attempt(less.write(tmp_path)) is None
+            continue
         refused(less.write(tmp_path), SAFETENSORS, f"'{name.rpartition('.')[0]}.")
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     """All tensors of one expert and projection, in each layout that takes stacks apart."""
-    for layout in ("modelopt", "compressed nvfp4", "compressed fp8"):
+    for layout in ("modelopt", "compressed nvfp4", "compressed fp8", "compressed int"):
         written = small(layout)
         root = "model.decoder.layers.1.experts.1.up_proj."
         gone = [name for name in written.tensors if name.startswith(root)]
         for name in gone:
             del written.tensors[name]
+        gone = [name for name in gone if name.rpartition(".")[2] not in UNREAD]
         refused(written.write(tmp_path), SAFETENSORS, f"{len(gone)} tensors missing", repr(gone[0]))
 
 
 def test_an_extra_expert_is_named(tmp_path: Path) -> None:
-    for layout in ("modelopt", "compressed nvfp4", "compressed fp8"):
+    for layout in ("modelopt", "compressed nvfp4", "compressed fp8", "compressed int"):
         written = small(layout)
         old, new = "layers.1.experts.1.up_proj.", "layers.1.experts.2.up_proj."
         extra = {name.replace(old, new): t for name, t in written.tensors.items() if old in name}
@@ -407,7 +424,16 @@ def test_a_fused_stack_has_one_expert_too_many(tmp_path: Path) -> None:
 
 
 # Another type of the same width, so that nothing but the type is wrong.
-SWAPPED = {"U32": "I32", "U8": "I8", "F8_E4M3": "U8", "F32": "I32", "BF16": "I16", "F16": "U16"}
+SWAPPED = {
+    "U32": "I32",
+    "I32": "U32",
+    "I64": "F64",
+    "U8": "I8",
+    "F8_E4M3": "U8",
+    "F32": "I32",
+    "BF16": "I16",
+    "F16": "U16",
+}
 
 
 def test_any_wrong_type_is_named(layout: str, tmp_path: Path) -> None:
@@ -423,11 +449,11 @@ def test_any_wrong_shape_is_named(layout: str, tmp_path: Path) -> None:
     written = small(layout)
     for name in of_each_role(written):
         old = written.tensors[name]
-        count = len(old.raw) // {"U32": 4, "F32": 4, "BF16": 2}.get(old.dtype, 1)
+        count = len(old.raw) // {"U32": 4, "F32": 4, "I32": 4, "I64": 8, "BF16": 2}.get(old.dtype, 1)
         for shape in ({old.shape[::-1], (count,), (1, *old.shape, 1), (count, 1, 1)}) - {old.shape}:
             if "scale" in name and count == 1 and shape in ((), (1,)):
                 continue  # scalars are written both ways
-            if name.endswith("weight_scale") and old.dtype == "BF16" and shape == (count,):
+            if name.endswith("weight_scale") and layout == "compressed fp8" and shape == (count,):
                 continue  # and so are scales a row
             wrong = written.copy()
             wrong.tensors[name] = Tensor(old.dtype, shape, old.raw)
@@ -454,12 +480,17 @@ def test_wrong_bits_or_groups(tmp_path: Path, bits: int, group: int) -> None:
     refused(mlx_with(tmp_path, bits=bits, group_size=group), SAFETENSORS, "'model.decoder.")
 
 
-@pytest.mark.parametrize("how", [{"bits": 7}, {"bits": 4.0}, {"group_size": 32.0}, {"group_size": 16}])
+@pytest.mark.parametrize("how", [{"bits": 7}, {"bits": 4.5}, {"group_size": "32"}, {"group_size": 16}])
 def test_numbers_that_affine_does_not_have(tmp_path: Path, how: dict[str, Any]) -> None:
-    """Whole floats are no integers: shapes made from them are none either."""
     refused(mlx_with(tmp_path, **how), "config.json", "affine quantization")
     override = {"group_size": 32, "bits": 4, **how}
     refused(mlx_with(tmp_path, **{MODULE: override}), "config.json", MODULE, "affine quantization")
+
+
+def test_whole_floats_are_integers(tmp_path: Path) -> None:
+    """Also beside a mode that is null, and in an override."""
+    whole = {"bits": 4.0, "group_size": 32.0, "mode": None}
+    assert attempt(mlx_with(tmp_path, **whole, **{MODULE: whole})) is None
 
 
 def test_an_override_for_a_module_without_scales(tmp_path: Path) -> None:

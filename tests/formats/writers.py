@@ -10,6 +10,7 @@ to, by the definition of its format:
     ModelOpt NVFP4             code · weight_scale · weight_scale_2
     compressed-tensors NVFP4   code · weight_scale / weight_global_scale
     compressed-tensors FP8     code · weight_scale
+    compressed-tensors int     (code − 2^(bits − 1)) · weight_scale
 
     O outputs (rows)  I inputs  E experts  M expert size  D hidden
 """
@@ -198,6 +199,30 @@ def fp8_linear(rng: np.random.Generator, shape: tuple[int, int], gain: float, dt
     return Matrix(
         {"weight": bytes_of("F8_E4M3", codes), "weight_scale": scales}, E4M3[codes] * floats(scales)
     )
+
+
+def int_linear(
+    rng: np.random.Generator, shape: tuple[int, int], gain: float, bits: int, group: int | None, dtype: str
+) -> Matrix:
+    """One linear of compressed-tensors' pack-quantized integers, symmetric.
+
+    An integer q of −2^(bits − 1) … 2^(bits − 1) − 1 is stored as q + 2^(bits − 1). 32/bits adjacent ones of a
+    row make one int32, the first in its lowest bits. Each `group` of inputs has a scale; None: each row has.
+    `weight_shape` is [O, I].
+    """
+    half = 2 ** (bits - 1)
+    integers = rng.integers(-half, half, shape)
+    grouped = (shape[0], shape[1] // (group or shape[1]))
+    scales = encode((gain * np.sqrt(12) / 2**bits * spread(rng, grouped)).astype(np.float32), dtype)
+    packed = np.zeros((shape[0], shape[1] * bits // 32), np.uint32)
+    for place in range(32 // bits):
+        packed |= (integers[:, place :: 32 // bits] + half).astype(np.uint32) << np.uint32(place * bits)
+    parts = {
+        "weight_packed": Tensor("I32", packed.shape, packed.tobytes()),
+        "weight_scale": scales,
+        "weight_shape": Tensor("I64", (2,), np.array(shape, "<i8").tobytes()),
+    }
+    return Matrix(parts, integers * np.repeat(floats(scales), shape[1] // grouped[1], -1))
 
 
 # ---- checkpoints --------------------------------------------------------------------------------
@@ -464,6 +489,110 @@ def compressed_fp8(config: Mapping[str, Any], dtype: str = "BF16") -> Written:
     return written
 
 
+def compressed_int(
+    config: Mapping[str, Any],
+    bits: int,
+    group: int | None,
+    dtype: str = "BF16",
+    groups: str = "experts mlp attention self_conditioning",
+) -> Written:
+    """compressed-tensors' W4A16 or W8A16 without a shift: linears and experts."""
+
+    def linear(rng: np.random.Generator, shape: tuple[int, int], gain: float) -> Matrix:
+        return int_linear(rng, shape, gain, bits, group, dtype)
+
+    written = by_linear(config, grouped(groups.split(), linear))
+    weights = {
+        "num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, "actorder": None,
+        "group_size": group, "strategy": "group" if group else "channel",
+    }  # fmt: skip
+    ignored = ["lm_head", "re:.*router.*", "re:.*embed_tokens"]
+    written.config["quantization_config"] = announced("pack-quantized", weights, ignored)
+    return written
+
+
+def compressed_three(config: Mapping[str, Any]) -> Written:
+    """NVFP4 experts, an MLP of 4-bit and an attention of 8-bit integers, told apart by their targets."""
+    chosen: dict[str, Linear] = {
+        "experts": packed_linear,
+        "mlp": lambda rng, shape, gain: int_linear(rng, shape, gain, 4, 32, "F16"),
+        "attention": lambda rng, shape, gain: int_linear(rng, shape, gain, 8, None, "BF16"),
+    }
+    written = by_linear(config, lambda param: chosen.get(param.group))
+    four = {"num_bits": 4, "type": "int", "group_size": 32.0, "strategy": "group", "actorder": "static"}
+    eight = {"num_bits": 8, "type": "int", "group_size": -1, "strategy": "channel", "symmetric": True}
+    fp4 = {
+        "num_bits": 4,
+        "type": "float",
+        "group_size": 16,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": None,
+    }
+    own = {
+        "a": {"format": "pack-quantized", "targets": ["Linear"], "weights": four},
+        "b": {
+            "format": "pack-quantized",
+            "targets": [r"re:.*self_attn\.[qkvo]_proj$", "*.self_attn.*"],
+            "weights": eight,
+        },
+        "c": {"format": "nvfp4-pack-quantized", "targets": ["re:.*experts.*"], "weights": fp4},
+        "d": {"targets": ["re:.*self_attn"], "weights": None, "output_activations": {"num_bits": 8}},
+    }
+    written.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": own,
+        "ignore": ["lm_head", "router"],
+        "transform_config": {"config_groups": {}},
+        "sparsity_config": {"format": "dense", "global_sparsity": 0.1},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False},
+    }
+    return written
+
+
+def without(written: Written, ending: str, keep: str = "") -> Written:
+    """Without the tensors of this last name, but for those whose name has `keep` in it."""
+    gone = [name for name in written.tensors if name.endswith(ending) and not (keep and keep in name)]
+    assert gone
+    for name in gone:
+        del written.tensors[name]
+    return written
+
+
+CACHE_SCALES = (  # a layer's, as exporters spell them
+    "k_proj.k_scale", "v_proj.v_scale", "k_scale", "v_scale", "q_scale", "kv_cache.k_scale", "attn.v_scale",
+    "v_proj.output_scale", "k_zero_point",
+)  # fmt: skip
+
+
+def with_cache_scales(written: Written, **announcement: Any) -> Written:
+    """With calibrated scales of an 8-bit KV cache in every spelling."""
+    for layer, name in ((layer, name) for layer in (0, 1) for name in CACHE_SCALES):
+        written.tensors[f"model.decoder.layers.{layer}.self_attn.{name}"] = single(0.01)
+    written.config.setdefault("quantization_config", {}).update(announcement)
+    return written
+
+
+def weight_only(written: Written) -> Written:
+    """As exported without quantized activations: announced by another algorithm, or by a null."""
+    own = written.config["quantization_config"]
+    if own["quant_method"] == "modelopt":
+        own["quant_algo"] = "W4A16_NVFP4"
+        return without(written, ".input_scale")
+    own["config_groups"]["group_0"]["input_activations"] = None
+    return without(written, ".input_global_scale")
+
+
+def by_groups(written: Written) -> Written:
+    """ModelOpt's newer announcement: no algorithm but the numbers of a group, and whole floats."""
+    own = written.config["quantization_config"]
+    del own["quant_algo"]
+    four = {"dynamic": False, "num_bits": 4.0, "type": "float", "group_size": 16.0}
+    own["config_groups"] = {"group_0": {"input_activations": four, "weights": four, "targets": ["Linear"]}}
+    own["group_size"] = 16.0
+    return written
+
+
 def compressed_mixed(config: Mapping[str, Any]) -> Written:
     """NVFP4 experts beside FP8 attention in one announcement of two groups."""
     chosen: dict[str, Linear] = {"experts": packed_linear, "attention": fp8_linear}
@@ -544,6 +673,29 @@ CASES |= {
     "compressed fp8 BF16": lambda: compressed_fp8(BY_32),
     "compressed fp8 F32": lambda: compressed_fp8(BY_4, "F32"),
     "compressed mixed": lambda: compressed_mixed(BY_16),
+    "compressed int4 g32 BF16": lambda: compressed_int(BY_32, 4, 32),
+    "compressed int4 g128 F16": lambda: compressed_int(EVEN, 4, 128, "F16"),
+    "compressed int4 row F32": lambda: compressed_int(BY_32, 4, None, "F32"),
+    "compressed int8 g64 BF16": lambda: compressed_int(EVEN, 8, 64),
+    "compressed int8 row BF16": lambda: compressed_int(EVEN, 8, None),
+    "compressed three kinds": lambda: compressed_three(BY_32),
+    # What exporters add to the two NVFP4 layouts, or leave out.
+    "modelopt weight-only": lambda: weight_only(modelopt(BY_16)),
+    "modelopt partly calibrated": lambda: without(modelopt(BY_16), ".input_scale", "experts.1."),
+    "modelopt with cache scales": lambda: with_cache_scales(
+        modelopt(BY_16), kv_cache_scheme={"num_bits": 8, "type": "float", "dynamic": False}
+    ),
+    "modelopt by groups": lambda: by_groups(modelopt(BY_16)),
+    "compressed nvfp4 weight-only": lambda: weight_only(compressed_nvfp4(BY_16)),
+    "compressed nvfp4 with cache scales": lambda: with_cache_scales(
+        compressed_nvfp4(BY_16), kv_cache_scheme={"num_bits": 8}
+    ),
+    "plain with cache scales": lambda: with_cache_scales(
+        by_linear(BY_16, lambda param: None),
+        quant_method="modelopt",
+        quant_algo=None,
+        kv_cache_quant_algo="FP8",
+    ),
 }
 
 # One case of every layout and mode.
@@ -555,4 +707,5 @@ LAYOUTS = [
     "modelopt",
     "compressed nvfp4",
     "compressed fp8 BF16",
+    "compressed int4 g32 BF16",
 ]

@@ -112,8 +112,8 @@ BUGS = {
     ),
     "norms with 1 + weight": Bug("y = y * self.to_wide(weight)", "y = y * (1 + self.to_wide(weight))"),
     "no softcap": Bug(
-        "return soft_cap(ops, ops.to_wide(ops.linear(h, table)), softcap)",
-        "return ops.to_wide(ops.linear(h, table))",
+        "return z if softcap is None else soft_cap(ops, z, softcap)",
+        "return z",
     ),
     "V not normed": Bug(
         "as_heads(self, v, C, None, eps, None)",

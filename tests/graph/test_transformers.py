@@ -26,6 +26,7 @@ from tests.oracle import (
     TOLERANCE,
     Oracle,
     Reference,
+    entropies,
     oracle,
     our_model,
     released_spelling,
@@ -148,6 +149,26 @@ def test_router(ops: Ops, name: str) -> None:
 
 
 # ---- configurations -----------------------------------------------------------------------------
+
+
+def test_logits_without_a_cap(ops: Ops) -> None:
+    """transformers reads a null and fails to divide by it: it gets a cap that float32 cannot see."""
+    source = oracle("window", final_logit_softcapping=None)
+    assert source.config.softcap is None
+    source.hf.final_logit_softcapping = 1e6
+    model = our_model(ops, source)
+    same(model, source, [tokens(0, 1, PROMPT)], "no cap")
+    prompt, canvas = tokens(0, 1, PROMPT), tokens(1, 1, source.config.canvas_length)
+    uniforms = np.random.default_rng(0).random(canvas.shape)
+    ops.vocab_tile, ops.vocab_rows = 64, 5  # several tiles, the last of another width
+    for bound in (0.0, 1e-3):
+        seen = model.see(model.encode(prompt), canvas, None, 0.7, uniforms, bound)
+        z = Reference(source.hf).encode(prompt).logits(canvas)[0] / 0.7
+        limit = TOLERANCE[ops.name]
+        np.testing.assert_array_equal(seen.argmax[0], z.argmax(-1))
+        close(seen.entropy[0], entropies(z), 10 * limit, f"entropy, bound {bound}")
+        soft = softmax(z) @ source.state["model.decoder.embed_tokens.weight"]
+        close(ops.to_numpy(seen.soft).reshape(soft.shape), soft, max(10 * limit, 2 * bound), f"soft, {bound}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -64,7 +64,7 @@ class Checkpoint:
         announcement, announcer = find_announcement(folder, config)
         where, entries = find_tensors(folder)
         layout = detect(announcement, announcer, entries)
-        sources = {param.name: layout.source(param) for param in expected_parameters(config, entries)}
+        sources = _sources(layout, expected_parameters(config, entries), len(entries), where)
         checkpoint = cls(folder, config, generation, layout, entries, sources)
         if check and (wrong := checkpoint.contradictions()):
             raise CheckpointError(f"{where}: {wrong[0]}")
@@ -93,8 +93,9 @@ class Checkpoint:
         return make_record(source, source.form, self.entries)
 
     def nbytes(self, name: str) -> int:
-        """Stored bytes of a parameter."""
-        return sum(self.entries[piece.name].nbytes for piece in self.sources[name].pieces)
+        """Stored bytes of a parameter, those that nothing reads included."""
+        names = (piece.name for piece in self.sources[name].pieces)
+        return sum(self.entries[name].nbytes for name in names if name in self.entries)
 
     def load(self, ops: Ops, progress: Progress | None = None) -> Weights:
         """The text model's weights on the device of `ops`.
@@ -136,6 +137,23 @@ class Checkpoint:
     def _position(self, param: Param) -> tuple[str, int]:
         entry = self.entries[self.sources[param.name].pieces[0].name]
         return entry.file.name, entry.offset
+
+
+def _sources(layout: Layout, params: list[Param], stored: int, where: Path) -> dict[str, Source]:
+    """The storage of each parameter by name; CheckpointError if it asks for far more tensors than `stored`.
+
+    Layers times experts of a false configuration would else make a table that fills the memory.
+    """
+    sources: dict[str, Source] = {}
+    count = 0
+    for param in params:
+        sources[param.name] = layout.source(param)
+        count += len(sources[param.name].pieces)
+        if count > 2 * stored + 100_000:
+            raise CheckpointError(
+                f"{where}: holds {stored:,} tensors, but config.json asks for over {count:,}"
+            )
+    return sources
 
 
 def read_configs(folder: Path) -> tuple[Config, GenerationConfig]:

@@ -8,17 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgemma.checkpoint.layouts.base import SUPPORTED, Layout, Piece, Source
+from dgemma.checkpoint.layouts.announced import SUPPORTED
+from dgemma.checkpoint.layouts.base import Layout, Piece, Source
 from dgemma.checkpoint.safetensors import Entry
 from dgemma.errors import CheckpointError
-from dgemma.files import load_json
+from dgemma.files import exists, load_json
 from dgemma.network.config import Config
 from dgemma.network.spec import Param, is_skipped, parameters, text_parameters
 
 # Names that only quantized formats use: MLX, ModelOpt, compressed-tensors, GPTQ.
 _QUANTIZED = re.compile(
-    r".*(\.(scales|biases|qweight|qzeros)|(weight|input)_(packed|scale(_2)?|scale_inv|global_scale))"
+    r".*(\.(scales|biases|qweight|qzeros)|(weight|input)_(packed|shape|scale(_2)?|scale_inv|global_scale))"
 )
+
+# Names of tensors that change what weights mean, by what they hold. No format here computes with them.
+_FOREIGN = {
+    "an order of inputs (actorder)": r"(\w+_)?g_idx",
+    "scales of inputs (AWQ, SmoothQuant)": r"(pre_quant|smooth\w*)_(scale|factor)\w*",
+    "zero points": r"(\w+_)?zero_points?|qzeros",
+    "rotations": r"\w*(rotat|hadamard|transform)\w*|R[1-4](_\w+)?",
+    "GPTQ's or AWQ's words": r"qweight",
+    "scales of blocks of rows (FP8)": r"weight_scale_inv",
+    "bitsandbytes' blocks": r"absmax|quant_map|nested_\w+|quant_state\w*|SCB",
+    "MXFP4 blocks of another layout": r"\w+_proj_(blocks|scales)",
+    "sparse weights": r"bitmask|row_offsets|compressed",
+    "codebooks": r"centroids|codebooks?|indices|vptq\w*",
+}
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 
@@ -29,7 +44,7 @@ def find_announcement(folder: Path, config: Config) -> tuple[Mapping[str, Any] |
     Older ModelOpt exports announce it only in hf_quant_config.json.
     """
     path = folder / HF_QUANT_CONFIG
-    if config.quantization is not None or not path.exists():
+    if config.quantization is not None or not exists(path):
         return config.quantization, str(folder / "config.json")
     own = load_json(path).get("quantization")
     if not isinstance(own, Mapping):
@@ -41,6 +56,7 @@ def find_contradictions(
     layout: Layout, sources: Sequence[Source], entries: Mapping[str, Entry]
 ) -> Iterator[str]:
     """Where the tensors' names contradict the announcement; `find_faults` finds single wrong tensors."""
+    yield from _foreign(sources, entries)
     if not layout.announces():
         yield from _unannounced(entries)
     for source in sources:
@@ -64,10 +80,13 @@ class Fault:
 
 
 def find_faults(wanted: Mapping[str, Piece], entries: Mapping[str, Entry]) -> Iterator[Fault]:
-    """All tensors that are missing, unknown, of the wrong type or of the wrong shape, in this order."""
+    """All tensors that are missing, unknown, of the wrong type or of the wrong shape, in this order.
+
+    A tensor that nothing reads may be missing, but is of its type and shape where it is present.
+    """
     known = [(entry, wanted[name]) for name, entry in entries.items() if name in wanted]
-    for name in wanted:
-        if name not in entries:
+    for name, piece in wanted.items():
+        if name not in entries and piece.role != "unused":
             yield Fault("missing", name, None, repr(name))
     for name, entry in entries.items():
         if name not in wanted and not is_skipped(name):
@@ -95,6 +114,19 @@ def _looks_quantized(entry: Entry) -> bool:
     # Plain weights are floats of 16 bits or more: integers and 8-bit types are codes.
     own = _QUANTIZED.fullmatch(entry.name) or re.match("[UI]|F8", entry.dtype)
     return own is not None and not is_skipped(entry.name)
+
+
+def _foreign(sources: Sequence[Source], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Tensors of a quantization that no format here has, whether config.json announces it or not."""
+    known = {piece.name for source in sources for piece in source.pieces}
+    unknown = [name for name in entries if name not in known and not is_skipped(name)]
+    for what, pattern in _FOREIGN.items():
+        ending = re.compile(rf"(.*\.)?({pattern})(\.\w+)?")
+        if found := [f"{name!r} in {entries[name].file.name}" for name in unknown if ending.fullmatch(name)]:
+            yield (
+                f"quantized with {what}, which is not supported; supported: {SUPPORTED}; "
+                f"{_count(found)}: {_first(found)}"
+            )
 
 
 def _unannounced(entries: Mapping[str, Entry]) -> Iterator[str]:

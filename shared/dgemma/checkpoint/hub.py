@@ -1,105 +1,192 @@
-"""From a hub id to a folder."""
+"""From what a user calls a model to its folder."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from dgemma.checkpoint import download
+from dgemma.checkpoint.download import matches
 from dgemma.checkpoint.faults import HF_QUANT_CONFIG
-from dgemma.errors import CheckpointError
+from dgemma.checkpoint.folder import SINGLE, shards
+from dgemma.checkpoint.hints import foreign_names, misplaced
+from dgemma.checkpoint.names import hub_id
+from dgemma.checkpoint.safetensors import TruncatedError, read_header
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma.files import quoted, reason
+from dgemma.network.ops import Notices
 
-# The files of a model. A repository may hold other formats and demos beside them.
-HUB_FILES = [
-    "*.safetensors",
+# The files of a model but its weights. A repository may hold other formats and demos beside and below them.
+SMALL_FILES = [
     "*.safetensors.index.json",
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
     HF_QUANT_CONFIG,
 ]
+HUB_FILES = ["*.safetensors", *SMALL_FILES]
 
 # The files that a conversion copies, too.
-EVERY_FILE = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"]
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?")
+EVERY_FILE = [
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md"),
+    "additional_chat_templates/*.jinja",
+]
+
+_NEEDED = ("config.json", "tokenizer.json")  # of a copy in the cache that cannot be compared with the hub's
 
 
-def resolve(model: str | Path, progress: bool = True, files: Sequence[str] = HUB_FILES) -> Path:
+def resolve(
+    model: str | Path,
+    progress: bool = True,
+    files: Sequence[str] = HUB_FILES,
+    notices: Notices | None = None,
+) -> Path:
     """The folder of a checkpoint: `model` itself, or a hub id `org/name[@revision]`, downloaded or cached.
 
-    A download fetches only `files` (patterns). The hub's own progress bars go to stderr unless `progress`
-    is False. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they always do. The cached copy serves if there
-    is no network. CheckpointError if there is no such folder or the hub does not hand the model out.
+    A link to a model's page on the hub is as good as its id. A download fetches only `files`: patterns, whose
+    `*` ends at a slash. Small files come first: `resolve(model, files=SMALL_FILES)` and then `resolve(model)`
+    let a caller look at them before gigabytes follow. The hub's own progress bars go to stderr unless
+    `progress` is False. HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they always do. A busy hub is asked
+    again for a while, which `notices` (default: the logger "dgemma") are told. A whole copy in the cache
+    serves if the hub gives none. CheckpointError if there is no such folder, if it is none of a checkpoint,
+    or if the hub does not hand the model out.
     """
     if not (name := str(model)):
         raise CheckpointError("an empty model name; give a folder or a hub id org/name")
-    folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):
+    if (folder := _local(name)) is not None:
         return folder
-    if os.path.exists(folder):
-        raise CheckpointError(f"{name!r} is not a folder; give the folder of the checkpoint")
-    # A hub id has one slash; its revision may have more ("refs/pr/1").
-    if isinstance(model, Path) or name[0] in "./~" or "\\" in name or name.split("@")[0].count("/") > 1:
-        raise CheckpointError(f"{name!r}: no such folder")
-    match = _HUB_ID.fullmatch(name)
-    # The hub allows neither: its cache writes "/" as "--".
-    if match is None or ".." in name or "--" in match[1]:
-        raise CheckpointError(f"{name!r} is neither a folder nor a hub id org/name[@revision]")
-    return _download(match[1], match[2], progress, files)
+    repo, revision = hub_id(model)
+    return _from_hub(repo, revision, progress, files, notices or Notices())
 
 
-def _download(repo: str, revision: str | None, progress: bool, files: Sequence[str]) -> Path:
-    # Imported late: a folder needs no client of the hub.
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    # The order matters: GatedRepoError is a RepositoryNotFoundError.
-    advice: dict[type[Exception], str] = {
-        errors.GatedRepoError: f"access is gated: accept the terms at https://huggingface.co/{repo}, "
-        "then run `hf auth login` or set HF_TOKEN",
-        errors.RepositoryNotFoundError: "neither a folder here nor a model that the hub shows you; "
-        "for a private one run `hf auth login` or set HF_TOKEN",
-        errors.RevisionNotFoundError: f"the hub has no revision {revision!r} of it",
-        errors.LocalEntryNotFoundError: "not wholly in the cache, and the hub cannot be reached or "
-        "HF_HUB_OFFLINE is set; connect, or give a folder",
-    }
-    # Errors of the HTTP client pass through the hub unchanged. The client depends on the hub's release, so
-    # its base class (and OSError) comes from the hub's own error. hf_xet raises RuntimeError.
-    failures: tuple[type[Exception], ...] = (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError)
+def _local(name: str) -> Path | None:
+    """The folder of this name; None if nothing here has it."""
+    path = Path(os.path.expanduser(name))
     try:
-        with _bars(progress):
-            return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(files)))
-    except failures as error:
-        reason = next((text for kind, text in advice.items() if isinstance(error, kind)), None)
-        raise CheckpointError(f"{repo!r}: {reason or _failed(error)}") from None
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            if hint := misplaced(path):
+                raise CheckpointError(f"{quoted(name)}: {hint}")
+            return path
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise CheckpointError(
+                f"{quoted(name)}: a link to {os.readlink(path)}, which is not there"
+            ) from None
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+        raise CheckpointError(f"{quoted(name)}: cannot be read ({reason(error)})") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    if hint := foreign_names([path.name]):
+        raise CheckpointError(f"{quoted(name)}: {hint}")
+    if stat.S_ISREG(mode) and path.suffix in (".safetensors", ".json", ".jinja"):
+        raise CheckpointError(f"{quoted(name)} is not a folder but a file; give its folder {path.parent}")
+    raise CheckpointError(f"{quoted(name)} is not a folder; give the folder of the checkpoint")
 
 
-def _failed(error: BaseException) -> str:
-    """One line for an error without advice of its own."""
-    text = " ".join(str(error).split())
-    return f"download failed ({type(error).__name__}: {text[:200]}); try again: what has arrived is kept"
+def _from_hub(
+    repo: str, revision: str | None, progress: bool, files: Sequence[str], notices: Notices
+) -> Path:
+    def attempt() -> Path:
+        try:
+            listed = download.listing(repo, revision)
+        except download.Failure as failure:
+            folder = download.cached(repo, revision)
+            if folder is None or _missing(folder, files):
+                raise
+            if not failure.offline:
+                notices.say(f"{repo!r}: {failure}; the copy in the cache serves")
+            return folder
+        _check_listing(repo, listed, files)
+        return download.fetch(repo, revision, [name for name in listed if matches(name, files)], progress)
+
+    try:
+        folder = download.patiently(repo, notices, attempt)
+    except download.Failure as failure:
+        raise CheckpointError(f"{repo!r}: {_without(repo, revision, files, failure)}") from None
+    _check_copy(repo, folder, files)
+    return folder
 
 
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Hides the hub's progress bars unless `shown`."""
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
+def _without(repo: str, revision: str | None, files: Sequence[str], failure: download.Failure) -> str:
+    """What to say where the hub gave nothing."""
+    folder = download.cached(repo, revision)
+    if folder is not None and (lacks := _missing(folder, files)):
+        more = f" and {len(lacks) - 1} more" if len(lacks) > 1 else ""
+        again = "run this again online to complete the download"
+        return f"the copy in the cache is a part of it and lacks {lacks[0]}{more}; {failure}; {again}"
+    if failure.offline:
+        return f"not in the cache, and {failure}; connect to download it, or give a folder"
+    return str(failure)
+
+
+def _check_listing(repo: str, listed: Sequence[str], files: Sequence[str]) -> None:
+    """CheckpointError if the hub's repository is none of a checkpoint of ours; nothing is downloaded then."""
+    weights = any(matches(name, ["*.safetensors"]) for name in listed)
+    lacks = None
+    if "config.json" not in listed:
+        lacks = "config.json"
+    elif matches(SINGLE, files) and not weights:
+        lacks = ".safetensors file"
+    if lacks:
+        hint = foreign_names(listed)
+        raise CheckpointError(f"{repo!r}: no {lacks} among the hub's files" + (f": {hint}" if hint else ""))
+
+
+def _missing(folder: Path, files: Sequence[str]) -> list[str]:
+    """The files that a copy in the cache lacks, as far as it shows: the hub's list is not at hand."""
+    there = [name for name in os.listdir(folder) if matches(name, files)]
+    lacks = [name for name in _NEEDED if name in files and name not in there]
+    # A link without its blob: pruned, or not yet downloaded.
+    lacks += sorted(name for name in there if not os.path.exists(folder / name))
+    if not lacks and matches(SINGLE, files):
+        try:
+            lacks = [file.name for file in shards(folder) or [folder / SINGLE] if not os.path.exists(file)]
+        except CheckpointError:  # an unusable index: whoever reads it says so
+            return []
+    return lacks
+
+
+def _check_copy(repo: str, folder: Path, files: Sequence[str]) -> None:
+    """CheckpointError if a file of the cache is cut, which the hub's client does not see."""
+    for name in sorted(os.listdir(folder)):
+        file = folder / name
+        if not matches(name, files) or not os.path.isfile(file):
+            continue
+        if name.endswith(".json") and not _closed(file):
+            raise _damaged(repo, file, f"{file}: truncated")
+        if name.endswith(".safetensors"):
+            try:
+                read_header(file)
+            except TruncatedError as error:
+                raise _damaged(repo, file, str(error)) from None
+            except CheckpointError:  # as it is on the hub: whoever opens the checkpoint says so
+                pass
+
+
+def _closed(file: Path) -> bool:
+    """Whether the text of a JSON file comes to an end."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-min(64, os.path.getsize(file)), os.SEEK_END)
+            return stream.read().rstrip().endswith((b"}", b"]"))
+    except OSError:  # whoever reads it says so
+        return True
+
+
+def _damaged(repo: str, file: Path, fault: str) -> CheckpointError:
+    blob = os.path.realpath(file)
+    return CheckpointError(
+        f"{repo!r}: its copy in the cache is damaged: {fault}; delete {blob} and run this online"
     )
-
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

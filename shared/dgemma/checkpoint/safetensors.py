@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from dgemma.errors import CheckpointError
+from dgemma.errors import CheckpointError, ConfigError
+from dgemma.files import file_size, quoted, reason
 from dgemma.formats.stored import Stored
 
 # The NumPy type of each type of the format. Types that NumPy lacks are raw integers of their width.
@@ -40,7 +42,17 @@ DTYPES = {
     "I64": "<i8",
 }
 
+_WIDTHS = {name: np.dtype(kind).itemsize for name, kind in DTYPES.items()}  # bytes
+
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+# The released model has 50,000 if each matrix of an expert is a record of its own. As objects of Python take
+# thirty times the bytes of their text, their number is limited, too.
+MAX_TENSORS = 200_000
+MAX_NAME = 1000  # letters
+
+
+class TruncatedError(CheckpointError):
+    """A file that ends before its tensors do."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,16 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        return prod(self.shape) * _WIDTHS[self.dtype]
 
     def read(self) -> Stored:
-        """The tensor over its own memory map, which is released with it; nothing is copied."""
+        """The tensor over its own memory map, which is released with it; nothing is copied.
+
+        CheckpointError if the file is gone or has become shorter. If the file is cut, or its disk fails,
+        while the map is in use, the system ends the process (SIGBUS), which Python cannot catch.
+        """
         kind = np.dtype(DTYPES[self.dtype])
+        _size(self.file)
         try:
             # The operating system refuses a map of no bytes.
             data = (
@@ -70,6 +87,13 @@ class Entry:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file}: tensor {self.name!r} cannot be read ({error})") from None
         return Stored(self.name, self.dtype, self.shape, np.asarray(data), self.file)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file_size(file)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_header(file: Path) -> list[Entry]:
@@ -88,6 +112,7 @@ def read_header(file: Path) -> list[Entry]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header, the start of the data, and the file's size."""
+    _size(file)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -95,7 +120,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
             length = _header_length(file, prefix, size)
             raw = stream.read(length)
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{file}: cannot be read ({reason(error)})") from None
+    if raw.count(b"{") > MAX_TENSORS or raw.count(b"[") > 2 * MAX_TENSORS:
+        raise CheckpointError(f"{file}: not a safetensors file of a model: more than {MAX_TENSORS:,} tensors")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -110,7 +137,7 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
         raise CheckpointError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull`")
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
-        raise CheckpointError(f"{file}: truncated, or not a safetensors file: {size} bytes end in its header")
+        raise TruncatedError(f"{file}: truncated, or not a safetensors file: {size} bytes end in its header")
     if length > MAX_HEADER:
         raise CheckpointError(f"{file}: not a safetensors file: a header of {length} bytes")
     return length
@@ -118,38 +145,41 @@ def _header_length(file: Path, prefix: bytes, size: int) -> int:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; ValueError for a key that occurs twice, as `json` would keep the last."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} occurs twice")
-        found[name] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{quoted(twice)} occurs twice")
     return found
 
 
 def _entry(file: Path, name: str, fact: Any, start: int) -> Entry:
-    where = f"{file}: tensor {name!r}"
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"{file}: a tensor with a name of {len(name):,} letters: {quoted(name)}")
     if not isinstance(fact, dict):
-        raise CheckpointError(f"{where}: unreadable entry {reprlib.repr(fact)}")
+        raise _unusable(file, name, f"unreadable entry {reprlib.repr(fact)}")
     dtype, shape, offsets = fact.get("dtype"), fact.get("shape"), fact.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {reprlib.repr(dtype)}")
+        raise _unusable(file, name, f"unknown dtype {reprlib.repr(dtype)}")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: unusable shape {reprlib.repr(shape)}")
+        raise _unusable(file, name, f"unusable shape {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: unusable data_offsets {reprlib.repr(offsets)}")
+        raise _unusable(file, name, f"unusable data_offsets {reprlib.repr(offsets)}")
     entry = Entry(name, dtype, tuple(shape), file, start + offsets[0])
     if entry.nbytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {entry.nbytes} bytes, data_offsets {offsets} hold another number"
-        )
+        takes = f"{dtype} {shape} takes {entry.nbytes} bytes"
+        raise _unusable(file, name, f"{takes}, data_offsets {offsets} hold another number")
     return entry
+
+
+def _unusable(file: Path, name: str, fault: str) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name!r}: {fault}")
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether `value` is a list of a few non-negative integers; True is none."""
-    return (
-        isinstance(value, list) and len(value) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in value)
-    )
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return all([type(n) is int and 0 <= n < 2**63 for n in value])  # a list: quicker than a generator
 
 
 def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> None:
@@ -161,7 +191,7 @@ def _check_layout(file: Path, entries: list[Entry], start: int, size: int) -> No
             raise CheckpointError(f"{file}: tensor {entry.name!r} {fault}")
         end += entry.nbytes
         if end > size:
-            raise CheckpointError(
+            raise TruncatedError(
                 f"{file}: truncated: tensor {entry.name!r} ends at byte {end} of {size}; download it again"
             )
     if end < size:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import IO, Any
@@ -10,18 +9,20 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from dgemma.commands.errors import OneLine
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.options import (
-    HELP,
+    as_typed,
     model_options,
-    number_option,
     output_options,
     prompt_options,
     sampler_options,
+    seed_option,
 )
 from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
 from dgemma.commands.requests import read_request
-from dgemma.engine.events import Done, Event, Prefill
+from dgemma.commands.streams import answer, answer_json, check_stdout, note
+from dgemma.engine.events import Done, Draft, Event, Prefill
+from dgemma.errors import ConfigError, PromptError
 from dgemma.files import Progress
 from dgemma.loading import load
 from dgemma.model import Model
@@ -34,15 +35,18 @@ from dgemma.view.terminal import View, follow, moves_cursor, screen
 @click.command(cls=OneLine, context_settings=HELP)
 @prompt_options
 @model_options
-@number_option("--seed", click.IntRange(min=0), "Makes the reply repeatable.  [default: drawn anew]")
+@seed_option
 @sampler_options
 @output_options
 def generate(
+    texts: tuple[str, ...],
     prompts: tuple[str, ...],
     messages: IO[str] | None,
     system: str | None,
     tools: IO[str] | None,
     thinking: bool,
+    continue_final_message: bool,
+    control_tokens: bool,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -56,28 +60,53 @@ def generate(
 ) -> None:
     """Write a reply to a prompt, a batch of prompts or a conversation.
 
-    Numbers that are not given come from the checkpoint's generation_config.json.
+    Several prompts run as one batch: each PROMPT, then each --prompt. Without any, and without --messages,
+    the prompt is read from stdin. Numbers that are not given come from the checkpoint's
+    generation_config.json.
 
     \b
-    dgemma generate --prompt 'Reverse "canvas".'
+    dgemma generate 'Reverse "canvas".'
     dgemma generate --model google/diffusiongemma-26B-A4B-it --stats < question.txt
     """
-    conversations, functions = read_request(prompts, messages, system, tools)
+    check_stdout()
+    t_max, t_min = settings["t_max"], settings["t_min"]
+    if t_max is not None and t_min is not None and t_max < t_min:
+        context = click.get_current_context()
+        raise click.UsageError(f"--t-max {t_max} must not be below --t-min {t_min}", context)
+    prompts = (*texts, *prompts)
+    request = read_request(prompts, messages, system, tools)
+    if request.ignored:
+        note(f"dgemma: not used of the request: {', '.join(request.ignored)}")
+    own = settings | {"seed": seed}
+    settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
+    seed = settings.pop("seed")
     console = stderr_console()
     with progress_bar(console, "loading weights") as progress:
         loaded = _load(model, backend, dtype, device, progress, activations, TerminalNotices(console))
-    events = loaded.generate(conversations, tools=functions, thinking=thinking, seed=seed, **settings)
-    sampler = loaded.generation.override(**settings)
-    replies = _watch(loaded, sampler, events, len(conversations), _is_live(live, as_json, console), console)
+    try:
+        events = loaded.generate(
+            request.conversations,
+            tools=request.tools,
+            thinking=thinking,
+            seed=seed,
+            continue_final_message=continue_final_message,
+            control_tokens=control_tokens,
+            **settings,
+        )
+        sampler = loaded.generation.override(**settings)
+    except (ConfigError, PromptError) as error:
+        raise type(error)(as_typed(str(error))) from None
+    rows = len(request.conversations)
+    replies = _watch(loaded, sampler, events, rows, _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
-            click.echo(json.dumps(_record(reply, loaded, model), ensure_ascii=False))
+            answer_json(_record(reply, loaded, model))
         else:
             if len(replies) > 1:
-                click.echo(_heading(reply.row, prompts[reply.row]))
+                answer(_heading(reply.row, prompts[reply.row]))
             print_reply(reply)
         if stats:
-            click.echo(_stats_block(reply, loaded, len(replies), sampler), err=True)
+            note(_stats_block(reply, loaded, len(replies), sampler))
 
 
 def _load(
@@ -90,9 +119,7 @@ def _load(
     notices: Notices,
 ) -> Model:
     if model is None:
-        click.echo(
-            "dgemma: no --model given, so the embedded model answers; it knows toy tasks only", err=True
-        )
+        note("dgemma: no --model given, so the embedded model answers; it knows toy tasks only")
     return load(model, backend, dtype, device, progress, activations=activations, notices=notices)
 
 
@@ -110,6 +137,8 @@ def _watch(
         for event in events:
             if isinstance(event, Prefill):
                 bar(event.done, event.total)
+            elif isinstance(event, Draft):  # a canvas may take minutes, and must not look like a hang
+                bar(event.step, sampler.steps, f"writing canvas {event.canvas + 1}")
             elif isinstance(event, Done):
                 replies.append(event)
     return sorted(replies, key=lambda done: done.row)
@@ -123,20 +152,22 @@ def _heading(row: int, prompt: str) -> str:
 def print_reply(reply: Done) -> None:
     """Print the answer on stdout; thoughts, and why an answer is cut or empty, on stderr."""
     if reply.thinking:
-        click.secho(_safe(reply.thinking, sys.stderr), dim=True, err=True)
+        note(_safe(reply.thinking, sys.stderr), dim=True)
     if reply.text:
-        click.echo(_safe(reply.text, sys.stdout), color=True)  # without it click drops colour codes
+        answer(_safe(reply.text, sys.stdout))
     for call in reply.tool_calls:
-        click.echo(json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False))
+        answer_json({"name": call.name, "arguments": call.arguments})
+    for unread in reply.unread:
+        note(f"dgemma: a tool call stays text: {unread.reason}")
     if reply.finish_reason == "length":
-        click.echo(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more", err=True)
+        note(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more")
     elif not reply.text and not reply.tool_calls:
-        click.echo("dgemma: the model ended its turn without an answer", err=True)
+        note("dgemma: the model ended its turn without an answer")
 
 
-def _safe(text: str, stream: IO[str]) -> str:
+def _safe(text: str, stream: IO[str] | None) -> str:
     """Text unchanged, but without control characters on a terminal, which would obey them."""
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else "\ufffd" for c in text)
 

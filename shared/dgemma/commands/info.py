@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.progress import TerminalNotices, stderr_console
+from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.reports import info as library
 
 
@@ -19,5 +18,9 @@ def info(model: str, as_json: bool) -> None:
 
     Only config.json is needed; of a hub id nothing else is downloaded.
     """
-    report = library.describe(model)
-    click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))
+    check_stdout()
+    report = library.describe(model, TerminalNotices(stderr_console()))
+    if as_json:
+        answer_json(report)
+    else:
+        answer(library.text(report))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import reprlib
 from collections.abc import Callable
 from math import isfinite
 from typing import Any, TypeVar
@@ -9,18 +12,44 @@ from typing import Any, TypeVar
 import click
 
 from dgemma.backends import ACTIVATIONS, BACKENDS, DTYPES
+from dgemma.settings import RANGES
 
-HELP = {"help_option_names": ["-h", "--help"]}
+
+class Whole(click.IntRange):
+    """A whole number in plain digits; Python would also take 1_000 and the digits of every script."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, str) and not re.fullmatch(r"[+-]?[0-9]{1,40}", value.strip()):
+            self.fail(f"{reprlib.repr(value)} is not a valid integer.", param, ctx)
+        return int(super().convert(value, param, ctx))
 
 
 class Number(click.FloatRange):
     """A finite number; click lets NaN and infinity pass any range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
+        try:
+            number = float(
+                "no" if isinstance(value, str) and ("_" in value or not value.isascii()) else value
+            )
+        except ValueError:
+            self.fail(f"{reprlib.repr(value)} is not a valid number.", param, ctx)
         if not isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
+            self.fail(f"{reprlib.repr(value)} is not a finite number.", param, ctx)
+        return float(super().convert(number + 0.0, param, ctx))  # -0.0 is 0
+
+
+class Text(click.ParamType):
+    """Text of the command line, which is UTF-8 in every locale."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            # Bytes that the locale does not know have come as half surrogate pairs.
+            return os.fsencode(value).decode("utf-8") if re.search("[\ud800-\udfff]", value) else str(value)
+        except UnicodeError:
+            self.fail(f"{reprlib.repr(value)} is not UTF-8 text.", param, ctx)
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -37,28 +66,33 @@ def _options(*options: Callable[[_F], _F]) -> Callable[[_F], _F]:
     return decorate
 
 
-_AT_LEAST_1 = click.IntRange(min=1)
-_NOT_NEGATIVE = Number(min=0)
-_POSITIVE = Number(min=0, min_open=True)
-_SHARE = Number(min=0, max=1, max_open=True)
+def _setting(field: str) -> click.ParamType:
+    limits = RANGES[field]
+    if limits.whole:
+        return Whole(int(limits.least), int(limits.most))
+    return Number(limits.least, limits.most, limits.open_least, limits.open_most)
+
+
 _JSON_FILE = click.File(encoding="utf-8")
 
 prompt_options = _options(
+    click.argument("texts", type=Text(), nargs=-1, metavar="[PROMPT]..."),
     click.option(
         "--prompt",
         "prompts",
+        type=Text(),
         multiple=True,
         metavar="TEXT",
-        help="What to answer. Given several times, the prompts run as one batch. Without it and "
-        "--messages, text is read from stdin.",
+        help="The same as PROMPT, for a text that begins with a dash.",
     ),
     click.option(
         "--messages",
         type=_JSON_FILE,
         metavar="FILE",
-        help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}. "-" is stdin.',
+        help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}, as in '
+        'a request for OpenAI\'s chat API. "-" is stdin.',
     ),
-    click.option("--system", metavar="TEXT", help="A system message to begin with."),
+    click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
     click.option(
         "--tools", type=_JSON_FILE, metavar="FILE", help="A JSON list of tools that the model may call."
     ),
@@ -66,6 +100,18 @@ prompt_options = _options(
         "--thinking/--no-thinking",
         default=False,
         help="Think before answering; thoughts go to stderr.  [default: off]",
+    ),
+    click.option(
+        "--continue",
+        "continue_final_message",
+        is_flag=True,
+        help="Go on with the last message of the conversation, which is the beginning of the answer.",
+    ),
+    click.option(
+        "--control-tokens/--no-control-tokens",
+        default=False,
+        help="Let control tokens that a message spells count, such as <turn|>. They are text otherwise: "
+        "no text can end its turn or forge another.  [default: off]",
     ),
 )
 
@@ -97,16 +143,33 @@ def number_option(name: str, kind: click.ParamType, help: str, *field: str) -> C
 
 
 # Options have the names of GenerationConfig's fields. The checkpoint's number holds for a missing one.
+seed_option = number_option("--seed", _setting("seed"), "Makes the reply repeatable.  [default: drawn anew]")
 sampler_options = _options(
-    number_option("--max-tokens", _AT_LEAST_1, "Tokens of a reply at most.", "max_new_tokens"),
-    number_option("--steps", _AT_LEAST_1, "Denoising steps a canvas at most."),
-    number_option("--entropy-bound", _NOT_NEGATIVE, "Nats of doubt that one step may accept."),
-    number_option("--t-max", _POSITIVE, "Temperature that a canvas begins with."),
-    number_option("--t-min", _POSITIVE, "Temperature that its last steps approach."),
-    number_option("--confidence", _POSITIVE, "Mean entropy in nats below which a stable canvas is done."),
-    number_option("--stability", _AT_LEAST_1, "Steps for which a canvas must not have changed."),
-    number_option("--soft-bound", _SHARE, "Probability that a soft embedding may leave out; 0 keeps all."),
+    number_option("--max-tokens", _setting("max_new_tokens"), "Tokens of a reply at most.", "max_new_tokens"),
+    number_option("--steps", _setting("steps"), "Denoising steps a canvas at most."),
+    number_option("--entropy-bound", _setting("entropy_bound"), "Nats of doubt that one step may accept."),
+    number_option("--t-max", _setting("t_max"), "Temperature that a canvas begins with."),
+    number_option("--t-min", _setting("t_min"), "Temperature that its last steps approach."),
+    number_option(
+        "--confidence", _setting("confidence"), "Mean entropy in nats below which a stable canvas is done."
+    ),
+    number_option("--stability", _setting("stability"), "Steps for which a canvas must not have changed."),
+    number_option(
+        "--soft-bound",
+        _setting("soft_bound"),
+        "Probability that a soft embedding may leave out; 0 keeps all.",
+    ),
 )
+
+
+# An option's own range is checked by itself; these are what settings can be wrong in together.
+_TYPED = {"t_max": "--t-max", "t_min": "--t-min", "max_new_tokens": "--max-tokens"}
+
+
+def as_typed(message: str) -> str:
+    """An error about settings, with the names of options as they are typed in place of the fields'."""
+    return re.sub("|".join(_TYPED), lambda name: _TYPED[name[0]], message)
+
 
 output_options = _options(
     click.option(

@@ -5,85 +5,125 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import IO, Any, NoReturn
 
 import click
 
 from dgemma.errors import PromptError
-from dgemma.text.chat import check_messages
+from dgemma.text.messages import Message, read_messages, read_tools
+
+# What a request for OpenAI's chat API may ask for besides its conversation, and the option for it.
+_SETTINGS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "seed": "seed"}
+# What would make another answer: it is refused unless it asks for what is done anyway.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "response_format": (None, {"type": "text"}),
+    "stop": (None, "", []),
+    "n": (None, 1),
+    "tool_choice": (None, "auto"),
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """Conversations, one for each row, the tools, and the `settings` that a file of a whole request brings.
+
+    `ignored` are the keys of that file that change nothing here.
+    """
+
+    conversations: list[list[Message]]
+    tools: list[dict[str, Any]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
 
 def read_request(
     prompts: Sequence[str], messages: IO[str] | None, system: str | None, tools: IO[str] | None
-) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]] | None]:
-    """Conversations, one for each row, and the tools, from the given options."""
+) -> Request:
+    """The request of the given options. PromptError names the file and the message."""
     if prompts and messages:
         raise click.UsageError("--prompt and --messages exclude each other.", click.get_current_context())
     if messages and tools and messages.name == tools.name == "<stdin>":
         raise click.UsageError("--messages and --tools cannot both be stdin.", click.get_current_context())
-    given = None
     if messages:
-        conversation, given = _conversation(messages)
-        conversations = [conversation]
+        request = _file(messages)
     else:
-        conversations = [[{"role": "user", "content": text}] for text in prompts or [_stdin()]]
-    if tools and given is not None:
+        texts = prompts or [_stdin()]
+        request = Request([read_messages([{"role": "user", "content": text}]) for text in texts])
+    if tools and request.tools is not None:
         raise PromptError(
             f"tools are given twice, in {tools.name} and in {messages.name if messages else ''}"
         )
+    conversations = request.conversations
     if system is not None:
         conversations = [_with_system(conversation, system) for conversation in conversations]
-    return conversations, _check_tools(_json(tools), tools.name) if tools else given
+    functions = _named(tools.name, read_tools, _json(tools)) if tools else request.tools
+    return Request(conversations, functions, request.settings, request.ignored)
 
 
 def _stdin() -> str:
     ctx = click.get_current_context()
-    if sys.stdin is None or sys.stdin.isatty():  # None without a console, as under pythonw
+    if (
+        sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()
+    ):  # None without a console, as under pythonw
         raise click.UsageError("Nothing to answer: give --prompt or --messages, or pipe a text in.", ctx)
     try:
         text = sys.stdin.read().rstrip("\n")
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not text: {error}") from None
+    except OSError as error:
+        raise PromptError(f"stdin is not readable: {error.strerror or error}") from None
     if not text.strip():
         raise PromptError("stdin is empty; give --prompt or --messages, or pipe a text in")
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _json(file: IO[str]) -> Any:
     try:
-        return json.loads(file.read())
+        return json.loads(file.read().removeprefix("\ufeff"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError, too
         raise PromptError(f"{file.name}: not readable as JSON ({error})") from None
+    except OSError as error:
+        raise PromptError(f"{file.name}: cannot be read ({error.strerror})") from None
 
 
-def _conversation(file: IO[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-    """The messages and tools of a file."""
-    data, tools = _json(file), None
-    if isinstance(data, dict):
-        if unknown := sorted(set(data) - {"messages", "tools"}):
-            raise PromptError(f"{file.name}: unknown key {unknown[0]!r}; known: messages, tools")
-        if data.get("tools") is not None:
-            tools = _check_tools(data["tools"], file.name)
-        data = data.get("messages")
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _file(file: IO[str]) -> Request:
+    """A list of messages, or an object with "messages": a whole request for OpenAI's chat API will do."""
+    data = _json(file)
+    if not isinstance(data, dict):
+        return Request([_named(file.name, read_messages, data)])
+    if "messages" not in data:
+        raise PromptError(f"{file.name}: has no 'messages'")
+    conversation = _named(file.name, read_messages, data["messages"])
+    tools = None if data.get("tools") is None else _named(file.name, read_tools, data["tools"])
+    if data.get("tool_choice") == "none":
+        tools, data = None, data | {"tool_choice": None}
+    for key, harmless in _REFUSED.items():
+        if key in data and data[key] not in harmless:
+            shown = json.dumps(data[key], ensure_ascii=False)[:60]
+            raise PromptError(f"{file.name}: {key!r} {shown} is not supported; leave it out")
+    settings = {option: data[key] for key, option in _SETTINGS.items() if data.get(key) is not None}
+    known = {"messages", "tools", *_REFUSED, *_SETTINGS}
+    ignored = tuple(key for key in sorted(set(data) - known) if data[key] is not None)
+    return Request([conversation], tools, settings, ignored)
+
+
+def _named(name: str, read: Any, data: Any) -> Any:
+    """What `read` makes of the data; its errors name the file."""
     try:
-        check_messages(data)
+        return read(data)
     except PromptError as error:
-        raise PromptError(f"{file.name}: {error}") from None
-    return data, tools
+        raise PromptError(f"{name}: {error}") from None
 
 
-def _check_tools(tools: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise PromptError(f"{name}: tools must be a list of objects")
-    for index, tool in enumerate(tools):
-        function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            form = '{"type": "function", "function": {"name": …, "parameters": …}}'
-            raise PromptError(f"{name}: tool {index} must have the form {form}")
-    return tools
-
-
-def _with_system(messages: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+def _with_system(messages: list[Message], system: str) -> list[Message]:
     if messages[0]["role"] in ("system", "developer"):
         raise PromptError("--system is given, and the conversation has a system message of its own")
-    return [{"role": "system", "content": system}, *messages]
+    return [*read_messages([{"role": "system", "content": system}]), *messages]

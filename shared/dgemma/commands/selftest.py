@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from dgemma.backends import PACKAGES, choose, part
-from dgemma.commands.errors import OneLine
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OneLine
 from dgemma.commands.progress import stderr_console
+from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.reports.selftest import text
 
 
@@ -29,7 +27,11 @@ def selftest(backend: str, device: str | None, as_json: bool) -> int:
     On a Mac the Metal kernels are off until this has passed; what it finds is kept. The exit code is 1 if a
     kernel is wrong, and 0 where there is no GPU to check one on.
     """
+    check_stdout()
     with stderr_console().status("checking") as status:
         report = part(choose(backend, None, device), "selftest").check_all(device, status.update)
-    click.echo(json.dumps(report) if as_json else text(report))
+    if as_json:
+        answer_json(report)
+    else:
+        answer(text(report))
     return 1 if report["ok"] is False else 0

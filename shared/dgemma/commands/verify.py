@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -11,9 +10,9 @@ from rich.console import Console
 from dgemma.backends import BACKENDS, make_ops
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
-from dgemma.commands.errors import OneLine, first_line, is_out_of_memory
-from dgemma.commands.options import HELP
+from dgemma.commands.errors import HELP, OUT_OF_MEMORY, OneLine, first_line, is_out_of_memory
 from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
+from dgemma.commands.streams import answer, answer_json, check_stdout
 from dgemma.network.ops import Ops
 from dgemma.reports import against as comparison
 from dgemma.reports import verify as library
@@ -49,15 +48,21 @@ def verify(model: str, against: str | None, logits: bool, backend: str, as_json:
     dgemma verify google/diffusiongemma-26B-A4B-it
     dgemma verify ./converted --against ./original
     """
-    folder, console = resolve(model), stderr_console()
+    check_stdout()
+    console = stderr_console()
+    notices = TerminalNotices(console)
+    folder = resolve(model, notices=notices)
     # Errors of the other checkpoint or the backend come before minutes of reading.
-    pair = comparison.pair(folder, against) if against is not None else None
-    ops = make_ops(backend, notices=TerminalNotices(console)) if pair and pair[0] and logits else None
+    pair = comparison.pair(folder, against, notices) if against is not None else None
+    ops = make_ops(backend, notices=notices) if pair and pair[0] and logits else None
     with progress_bar(console, "checking values", in_bytes=True) as progress:
         report = {"model": model} | library.inspect(folder, progress)
     if pair:
         report["against"] = {"model": against} | _against(*pair, ops, console)
-    click.echo(json.dumps(report, ensure_ascii=False) if as_json else library.text(report))
+    if as_json:
+        answer_json(report)
+    else:
+        answer(library.text(report))
     return 0 if report["ok"] else 1
 
 
@@ -73,7 +78,7 @@ def _against(
     try:
         with progress_bar(console, "comparing logits", in_bytes=True) as progress:
             found["logits"] = comparison.logits(checkpoint, other, ops, progress)
-    except (MemoryError, RuntimeError) as error:
+    except OUT_OF_MEMORY as error:
         if not is_out_of_memory(error):
             raise
         found["logits"] = {"skipped": f"out of memory ({first_line(error)})"}

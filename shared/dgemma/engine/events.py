@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dgemma.text.chat import ToolCall
+from dgemma.text.calls import ToolCall
+from dgemma.text.reply import Unread
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class Draft:
 
 @dataclass(frozen=True)
 class Committed:
-    """A row's canvas is final. `tokens` are its new ids, stop token included; `text` is the new raw text."""
+    """A row's canvas is final. `tokens` are its new ids, stop token included.
+
+    `text` and `thinking` are what it adds to the reply: those of a row's events, joined, are those of its
+    `Done`. What may still change, such as half of a character or an open tool call, comes with a later one.
+    """
 
     row: int
     canvas: int
     tokens: list[int]
     text: str
+    thinking: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Done:
-    """A row's reply. `finish_reason` is "stop", "tool_calls" or "length"; `tokens` include the stop id."""
+    """A row's reply. `finish_reason` is "stop", "tool_calls" or "length"; `tokens` include the stop id.
+
+    `unread` are the tool calls that could not be read, each with the reason; `text` has their text, too.
+    """
 
     row: int
     tokens: list[int]
@@ -83,6 +92,7 @@ class Done:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     stats: Stats
+    unread: tuple[Unread, ...] = ()
 
     def json(self) -> dict[str, Any]:
         """The reply and its statistics as one flat dictionary."""
@@ -90,6 +100,7 @@ class Done:
             "text": self.text,
             "thinking": self.thinking,
             "tool_calls": [asdict(call) for call in self.tool_calls],
+            "unread": [asdict(call) for call in self.unread],
             "token_ids": self.tokens,
             "finish_reason": self.finish_reason,
         }

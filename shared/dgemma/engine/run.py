@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,11 @@ import numpy as np
 from dgemma.engine import sampler
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.sampler import Step
-from dgemma.errors import PromptError
+from dgemma.errors import ConfigError, PromptError
 from dgemma.network.runner import Context, Runner
-from dgemma.settings import GenerationConfig
+from dgemma.settings import GenerationConfig, number, shown
+from dgemma.text.messages import is_conversation
+from dgemma.text.reply import Reply, ReplyParser, joined
 from dgemma.text.tokenizer import Tokenizer
 
 
@@ -33,14 +35,24 @@ class _Row:
     index: int
     id: int
     prompt: list[int]
+    parser: ReplyParser | None  # None without a tokenizer
     tokens: list[int] = field(default_factory=list)
-    shown: str = ""
+    pieces: list[Reply] = field(default_factory=list)
     canvases: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     first_token: float = 0.0
     missing: float = 0.0
     dense: float = 0.0  # shares of the steps, added up
+
+    def read(self, tokens: list[int], last: bool) -> Reply:
+        """Take in new ids; returns what they add to the reply, and all the rest of it with the last ones."""
+        self.tokens += tokens
+        if self.parser is None:
+            return Reply()
+        pieces = [self.parser.feed(tokens), *([self.parser.close()] if last else [])]
+        self.pieces += pieces
+        return joined(pieces)
 
     def add(self, step: Step, place: int, seconds: float) -> None:
         """Count a step in which this row is row `place` of the batch."""
@@ -60,46 +72,59 @@ def generate(
     thinking: bool = False,
     seed: int | None = None,
     row_ids: Sequence[int] | None = None,
+    continue_final_message: bool = False,
+    control_tokens: bool = False,
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
     `tokenizer` may be None: prompts are token ids then, and replies have no text.
     """
-    prompts = _prompts(runner, tokenizer, prompt, tools, thinking)
-    ids = list(row_ids) if row_ids is not None else sampler.row_ids(prompts)
+
+    def encode(messages: Any) -> list[int]:
+        if tokenizer is None:
+            raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
+        return tokenizer.encode_chat(
+            messages,
+            tools,
+            thinking,
+            not continue_final_message,
+            continue_final_message=continue_final_message,
+            control_tokens=control_tokens,
+        )
+
+    prompts = _prompts(runner, prompt, encode)
+    ids = sampler.row_ids(prompts) if row_ids is None else _row_ids(row_ids)
     if len(ids) != len(prompts):
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
-    seed = secrets.randbits(63) if seed is None else seed
-    rows = [_Row(index, id, list(ids)) for index, (id, ids) in enumerate(zip(ids, prompts, strict=True))]
+    seed = secrets.randbits(63) if seed is None else number("seed", seed)
+    rows = [
+        _Row(index, id, tokens, ReplyParser(tokenizer.raw, config.stop_ids) if tokenizer else None)
+        for index, (id, tokens) in enumerate(zip(ids, prompts, strict=True))
+    ]
     longest = max(len(p) for p in prompts) + config.max_new_tokens
     if longest > runner.config.max_positions:
         raise PromptError(
             f"prompt and max_new_tokens need {longest} positions, the model has "
             f"{runner.config.max_positions}; shorten the prompt or lower max_new_tokens"
         )
-    return _Run(runner, tokenizer, config, rows, seed).events()
+    return _Run(runner, config, rows, seed).events()
 
 
-def _prompts(
-    runner: Runner,
-    tokenizer: Tokenizer | None,
-    prompt: Sequence[Any],
-    tools: Sequence[dict[str, Any]] | None,
-    thinking: bool,
-) -> list[list[int]]:
+def _row_ids(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, Sequence | np.ndarray):
+        raise ConfigError(f"row_ids has the unusable value {shown(ids)}")
+    return [number("row_ids", id) for id in ids]
+
+
+def _prompts(runner: Runner, prompt: Sequence[Any], encode: Callable[[Any], list[int]]) -> list[list[int]]:
     """Token ids of each row, from any form of prompt."""
     if not isinstance(prompt, list | tuple | np.ndarray) or not len(prompt):
         raise PromptError("a prompt is a list of messages, a list of token ids, or a list of either")
     many = prompt if isinstance(prompt[0], list | tuple | np.ndarray) else [prompt]
-    rows = []
-    for one in many:
-        if isinstance(one, list | tuple) and one and isinstance(one[0], dict):
-            if tokenizer is None:
-                raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
-            rows.append(tokenizer.encode_chat(one, tools, thinking))
-        else:
-            rows.append([int(token) for token in runner.check_tokens(one)])
-    return rows
+    return [
+        encode(one) if is_conversation(one) else [int(token) for token in runner.check_tokens(one)]
+        for one in many
+    ]
 
 
 class _Run:
@@ -108,13 +133,11 @@ class _Run:
     def __init__(
         self,
         runner: Runner,
-        tokenizer: Tokenizer | None,
         config: GenerationConfig,
         rows: list[_Row],
         seed: int,
     ):
-        self.runner, self.tokenizer = runner, tokenizer
-        self.config, self.rows, self.seed = config, rows, seed
+        self.runner, self.config, self.rows, self.seed = runner, config, rows, seed
         self.began = 0.0
         self.prefill_seconds = 0.0
 
@@ -208,23 +231,12 @@ class _Run:
         stops = np.flatnonzero(np.isin(canvas, self.config.stop_ids))
         stopped = len(stops) > 0 and stops[0] < room  # a stop beyond the limit does not count
         new = [int(token) for token in (canvas[: stops[0] + 1] if stopped else canvas[:room])]
-        row.tokens += new
+        reason = "stop" if stopped else "length" if len(new) == room else None
+        piece = row.read(new, last=reason is not None)
         row.canvases += 1
         row.first_token = row.first_token or time.perf_counter() - self.began
-        yield Committed(row.index, row.canvases - 1, new, self._new_text(row, final=stopped))
-        if stopped:
-            return "stop"
-        return "length" if len(row.tokens) >= self.config.max_new_tokens else None
-
-    def _new_text(self, row: _Row, final: bool) -> str:
-        """New raw text of the reply. A character that the canvas edge cuts in half waits for its rest."""
-        if self.tokenizer is None:
-            return ""
-        text = self.tokenizer.decode(row.tokens)
-        if not final:
-            text = text.rstrip("\ufffd")
-        new, row.shown = text[len(row.shown) :], text
-        return new
+        yield Committed(row.index, row.canvases - 1, new, piece.text, piece.thinking)
+        return reason
 
     def _done(self, row: _Row, reason: str) -> Done:
         seconds = time.perf_counter() - self.began
@@ -247,9 +259,9 @@ class _Run:
             soft_missing=row.missing,
             soft_dense=row.dense / steps,
         )
-        if self.tokenizer is None:
-            return Done(row.index, row.tokens, "", "", (), reason, stats)
-        reply = self.tokenizer.reply(row.tokens)
+        reply = joined(row.pieces)
         # A reply that the limit cut stays "length", even with a whole call in it.
         reason = "tool_calls" if reply.tool_calls and reason == "stop" else reason
-        return Done(row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats)
+        return Done(
+            row.index, row.tokens, reply.text, reply.thinking, reply.tool_calls, reason, stats, reply.unread
+        )

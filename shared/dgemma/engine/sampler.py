@@ -131,19 +131,22 @@ class Stop:
 
     def __init__(self, config: GenerationConfig, rows: int):
         self.config = config
-        self._history: list[list[np.ndarray]] = [[] for _ in range(rows)]
+        self._last: list[np.ndarray | None] = [None] * rows
+        self._same = [0] * rows  # steps before the last that had its canvas
 
     def __call__(self, argmax: np.ndarray, entropy: np.ndarray) -> np.ndarray:
         """Which rows are done, [B] bool, for this step's argmax canvas and entropies in nats [B, L]."""
         done = entropy.mean(-1) < self.config.confidence
-        for row, (canvas, history) in enumerate(zip(argmax, self._history, strict=True)):
-            same = [np.array_equal(canvas, before) for before in history]
+        for row, canvas in enumerate(argmax):
+            last = self._last[row]
+            held = last is not None and np.array_equal(canvas, last)
+            self._same[row] = self._same[row] + 1 if held else 0
+            self._last[row] = canvas
             # A canvas with fewer steps behind it than `stability` is not stable yet.
-            done[row] &= len(same) == self.config.stability and all(same)
-            history.append(canvas)
-            del history[: max(0, len(history) - self.config.stability)]
+            done[row] &= self._same[row] >= self.config.stability
         return done
 
     def keep(self, rows: np.ndarray) -> None:
         """Forget all rows but `rows`, an array of indices."""
-        self._history = [self._history[row] for row in rows]
+        self._last = [self._last[row] for row in rows]
+        self._same = [self._same[row] for row in rows]

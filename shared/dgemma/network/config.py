@@ -1,9 +1,10 @@
 """What a checkpoint's config.json says, as frozen dataclasses. `dgemma.settings` reads the sampler's file.
 
 Only this module reads the Hugging Face dictionary. The reference's class defaults differ from the released
-values, so a missing key is an error and never a default: a wrong window or head size would still produce
-text, only worse. The full-attention geometry has two published spellings, `global_head_dim` and
-`per_layer_config`. Both are accepted, also side by side.
+values, so a missing key is an error and no default: a wrong window or head size would still produce text,
+only worse. Two keys are excepted, `canvas_length` and `final_logit_softcapping`: the reference's default is
+the released value, and its own files may lack the second. The full-attention geometry has two published
+spellings, `global_head_dim` and `per_layer_config`. Both are accepted; where both are, the second holds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from dgemma.files import Reader
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+# No model comes near these, and tables grow with them: a false number must not keep a reader busy.
+MAX_LAYERS, MAX_EXPERTS = 1000, 10_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Config:
     expert_size: int  # M
     canvas_length: int
     max_positions: int
-    softcap: float
+    softcap: float | None  # None: logits are as the head gives them
     rms_eps: float
     attention_bias: bool
     pad_id: int
@@ -103,15 +107,16 @@ def read_config(data: Mapping[str, Any], where: str = "config.json") -> Config:
         vocab_size=text.size("vocab_size"),
         heads=heads,
         mlp_size=text.size("intermediate_size"),
-        num_experts=text.size("num_experts"),
+        num_experts=_limited(text, "num_experts", MAX_EXPERTS),
         top_k=text.size("top_k_experts"),
         expert_size=text.size("moe_intermediate_size"),
-        canvas_length=top.size("canvas_length"),
+        canvas_length=top.size("canvas_length") if "canvas_length" in data else 256,
         max_positions=text.size("max_position_embeddings"),
-        softcap=text.positive("final_logit_softcapping"),
+        softcap=_softcap(text),
         rms_eps=text.positive("rms_norm_eps"),
         attention_bias=text.get("attention_bias", bool),
-        pad_id=text.get("pad_token_id", int, 0),
+        # Padding is masked wherever it stands, so that any token will do.
+        pad_id=text.get("pad_token_id", (int, type(None)), 0) or 0,
         image_token_id=top.get("image_token_id", (int, type(None)), None),
         layers=_layers(text, heads),
         vision=_vision(top),
@@ -134,8 +139,24 @@ def _check_variants(top: Reader, text: Reader) -> None:
     for reader in (top, text):
         if not reader.get("tie_word_embeddings", bool, True):
             raise ConfigError(f"{reader.where}: untied embeddings are not supported")
-    if text.data.get("use_bidirectional_attention") == "all":
-        raise ConfigError(f"{text.where}: use_bidirectional_attention 'all' is not supported")
+    if text.data.get("use_bidirectional_attention") not in (None, "vision"):
+        raise text.unusable("use_bidirectional_attention")
+    for key in ("rope_scaling", "partial_rotary_factor"):  # in rope_parameters they are read
+        if text.data.get(key) is not None:
+            raise ConfigError(f"{text.where}: {key!r} beside rope_parameters is not supported")
+
+
+def _limited(reader: Reader, key: str, most: int) -> int:
+    """A positive integer; ConfigError that states the limit for one above `most`."""
+    if (value := reader.size(key)) > most:
+        raise ConfigError(f"{reader.where}: {key!r} is {value:,}; at most {most:,} are supported")
+    return value
+
+
+def _softcap(text: Reader) -> float | None:
+    """The cap of logits, None for null. The reference leaves the key out of its files for its default."""
+    key = "final_logit_softcapping"
+    return None if text.get(key, (int, float, type(None)), 30.0) is None else text.positive(key, 30.0)
 
 
 def _layers(text: Reader, heads: int) -> tuple[LayerConfig, ...]:
@@ -151,15 +172,14 @@ def _layers(text: Reader, heads: int) -> tuple[LayerConfig, ...]:
 
 
 def _layer_types(text: Reader) -> list[str]:
-    kinds = text.get("layer_types", list)
-    if len(kinds) != text.size("num_hidden_layers"):
-        raise ConfigError(
-            f"{text.where}: layer_types has {len(kinds)} entries for {text.size('num_hidden_layers')} layers"
-        )
+    kinds, layers = text.get("layer_types", list), _limited(text, "num_hidden_layers", MAX_LAYERS)
+    if len(kinds) != layers:
+        raise ConfigError(f"{text.where}: layer_types has {len(kinds)} entries for {layers} layers")
     for kind in kinds:
         if kind not in (SLIDING, FULL):
             raise ConfigError(f"{text.where}: layer_types has the unknown entry {reprlib.repr(kind)}")
-    return kinds
+    # The reference makes the last layer a full one, whatever the file says of it.
+    return [*kinds[:-1], FULL]
 
 
 def _per_layer(text: Reader) -> dict[int, Reader] | None:
@@ -171,6 +191,8 @@ def _per_layer(text: Reader) -> dict[int, Reader] | None:
     for key in table.data:
         if not re.fullmatch("[0-9]{1,6}", str(key)) or int(key) >= text.size("num_hidden_layers"):
             raise ConfigError(f"{table.where}: {reprlib.repr(key)} is not a layer")
+        if int(key) in entries:
+            raise ConfigError(f"{table.where}: layer {int(key)} has two entries")
         entry = table.sub(key)
         if unknown := set(entry.data) - {"head_dim", "num_key_value_heads"}:
             raise ConfigError(f"{entry.where}: {reprlib.repr(min(unknown))} is not supported for one layer")
@@ -201,7 +223,7 @@ def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) 
         window=text.size("sliding_window") if sliding else None,
         rope_theta=rope.positive("rope_theta"),
         rope_pairs=int(fraction * head_dim // 2),
-        rope_factor=rope.positive("factor", 1.0),
+        rope_factor=rope.positive("factor", 1.0) if partial else 1.0,  # the default type has no factor
         shares_kv=not sliding,
     )
 
@@ -209,17 +231,15 @@ def _layer(text: Reader, kind: str, index: int, heads: int, own: Reader | None) 
 def _own_size(text: Reader, own: Reader | None, key: str, full_key: str | None) -> int:
     """Size `key` of one layer: from its own entry, the full layers' key, or the key common to all.
 
-    `own` is None in a file without per_layer_config: the full layers' key must be there then. It may be
-    missing beside that table, whose entries leave out the common value. A null `full_key` means the common
-    value too.
+    `own` is None in a file without per_layer_config: the full layers' key must be there then, and a null
+    number of KV heads means the common one. Beside that table it is not read, as in the reference: entries
+    leave out the common value.
     """
-    if own is not None and key in own.data:
-        return own.size(key)
-    if full_key and own is None:
-        text.get(full_key, (int, type(None)))
-    if full_key and text.data.get(full_key) is not None:
-        return text.size(full_key)
-    return text.size(key)
+    if own is not None:
+        return own.size(key) if key in own.data else text.size(key)
+    if full_key == "num_global_key_value_heads" and text.get(full_key, (int, type(None))) is None:
+        return text.size(key)
+    return text.size(full_key or key)
 
 
 def _vision(top: Reader) -> VisionConfig | None:
@@ -229,7 +249,7 @@ def _vision(top: Reader) -> VisionConfig | None:
     return VisionConfig(
         hidden_size=vision.size("hidden_size"),
         mlp_size=vision.size("intermediate_size"),
-        layers=vision.size("num_hidden_layers", most=1000),  # the parameter table grows with it
+        layers=_limited(vision, "num_hidden_layers", MAX_LAYERS),
         heads=vision.size("num_attention_heads"),
         kv_heads=vision.size("num_key_value_heads"),
         head_dim=vision.size("head_dim"),

@@ -19,13 +19,16 @@ from dgemma.network.config import Config, LayerConfig, VisionConfig
 # The classes of weights in presets, memory estimates and reports.
 GROUPS = ("embed", "attention", "mlp", "experts", "router", "self_conditioning", "norm", "vision")
 
-# Some exports store these, though they repeat another tensor or are computed. They are skipped by name.
+# Some exports store these, though they repeat another tensor or are computed. They are skipped by name, as
+# are the scales of an 8-bit KV cache: ours holds the compute type.
 _SKIPPED = re.compile(
     r"lm_head\.\w+"
     r"|model\.encoder\.language_model\.(embed_tokens|norm)\.\w+"
     r"|model\.encoder\.language_model\.layers\.\d+\.(?!layer_scalar$)[\w.]+(?<!_proj\.bias)"
     r"|model\.(encoder|decoder)\.([\w.]+\.)?rotary_emb\.[\w.]+"
     r"|model\.decoder\.embed_tokens\.embed_scale"
+    r"|model\.decoder\.layers\.\d+\.self_attn\.(kv_cache\.\w+"
+    r"|(\w+\.)?([qkv]_(scale|zero_point|global_scale)|output_scale|kv_scale|kv_cache_scaling_factor))"
 )
 
 
@@ -50,7 +53,7 @@ class Param:
 
 
 def is_skipped(name: str) -> bool:
-    """Whether `name` is a tied copy or a computed buffer that a loader leaves unread."""
+    """Whether `name` is a tied copy, a computed buffer or a cache's scale, which a loader leaves unread."""
     return _SKIPPED.fullmatch(name) is not None
 
 

@@ -27,7 +27,7 @@ from dgemma.model import Model
 from dgemma.network import memory
 from dgemma.network.config import Config
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.ops import Ops
+from dgemma.network.ops import Notices, Ops
 from dgemma.network.ops.decoding import dequantize
 from dgemma.network.spec import GROUPS, Param, text_parameters
 from dgemma.reports import tables
@@ -37,12 +37,14 @@ CHUNK = 1 << 22  # values decoded at once
 # ---- weights against weights --------------------------------------------------------------------
 
 
-def pair(folder: Path, against: str | Path) -> tuple[Checkpoint | None, Checkpoint]:
+def pair(
+    folder: Path, against: str | Path, notices: Notices | None = None
+) -> tuple[Checkpoint | None, Checkpoint]:
     """The checkpoint in `folder`, None if it does not open, and the one to compare it with.
 
     CheckpointError or ConfigError if the other one does not open or has another geometry.
     """
-    other = Checkpoint.open(resolve(against))
+    other = Checkpoint.open(resolve(against, notices=notices))
     try:
         checkpoint = Checkpoint.open(folder)
     except DgemmaError:

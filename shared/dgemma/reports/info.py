@@ -25,6 +25,7 @@ from dgemma.network.memory import (
     vocabulary_bytes,
     weight_bytes,
 )
+from dgemma.network.ops import Notices
 from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
 from dgemma.reports.tables import amount, columns, count
 
@@ -78,14 +79,14 @@ def memory(
 # ---- a checkpoint's report ----------------------------------------------------------------------
 
 
-def describe(model: str | Path) -> dict[str, Any]:
+def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any]:
     """All that `dgemma info` knows of a folder or hub id, ready for JSON.
 
     config.json alone is enough, and nothing else of a hub id is downloaded. `stored_bytes` is null if no
     weights are at hand, or if they do not open, as "weights_fault" then says; memory is that of an
     unquantized checkpoint in both cases.
     """
-    folder = resolve(model, files=["config.json"])
+    folder = resolve(model, files=["config.json"], notices=notices)
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
     counts, active = parameter_counts(config), active_parameters(config)

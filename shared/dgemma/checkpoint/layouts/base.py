@@ -11,10 +11,8 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any
 
 from dgemma.errors import CheckpointError
 from dgemma.formats.quantized import Form
@@ -29,7 +27,8 @@ class Piece:
     """One stored tensor: the record's field `role`, or the part of it at `place`.
 
     Roles are the fields of `Quantized`, "value" for a tensor that is not quantized, and "unused" for one that
-    this program does not need. The first of `dtypes` and `shapes` is written; all of them are read.
+    this program does not need and that may be missing. The first of `dtypes` and `shapes` is written; all of
+    them are read.
     """
 
     name: str
@@ -126,7 +125,8 @@ def nvfp4_pieces(
     path: str, place: Place | None, shape: tuple[int, int], names: tuple[str, str, str, str]
 ) -> Iterator[Piece]:
     """The tensors of one NVFP4 linear layer [O, I] under their four names: codes, block scales, factor, and
-    the unused scale of activations. Scalars are written as [] and read as [] or [1].
+    the unused scale of activations, which weight-only files and experts that calibration never reached lack.
+    Scalars are written as [] and read as [] or [1].
     """
     rows, inputs = shape
     codes, scales, factor, unused = (f"{path}.{name}" for name in names)
@@ -135,32 +135,3 @@ def nvfp4_pieces(
     yield Piece(scales, "scales", ("F8_E4M3",), ((rows, inputs // 16),), place)
     yield Piece(factor, "factor", ("F32",), scalar, place)
     yield Piece(unused, "unused", ("F32",), scalar, place)
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether an exclusion pattern names a module or one around it.
-
-    Patterns are paths, tails of paths or wildcards, as exporters write all three.
-    """
-    parts = path.split(".")
-    ends = range(len(parts), 0, -1)
-    return any(
-        fnmatchcase(candidate, pattern)
-        for end in ends
-        for candidate in (".".join(parts[:end]), *(".".join(parts[start:end]) for start in range(1, end)))
-    )
-
-
-SUPPORTED = (
-    "MLX (affine, mxfp4, mxfp8, nvfp4), ModelOpt NVFP4, compressed-tensors NVFP4 and FP8 with a scale a row"
-)
-
-
-def unsupported(where: str, what: str) -> CheckpointError:
-    """The error for a quantization that no layout here reads."""
-    return CheckpointError(f"{where}: quantized with {what}, which is not supported; supported: {SUPPORTED}")
-
-
-def strings(value: Any) -> list[str]:
-    """The strings of a list from a file; empty for anything else."""
-    return [item for item in value if isinstance(item, str)] if isinstance(value, Iterable) else []

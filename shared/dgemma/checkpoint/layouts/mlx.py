@@ -15,6 +15,7 @@ from typing import Any
 
 from dgemma.checkpoint.layouts.base import FLOATS, Layout, Piece, is_linear, module
 from dgemma.errors import CheckpointError, ConfigError
+from dgemma.files import whole
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, affine
 from dgemma.network.spec import Param
 
@@ -42,7 +43,8 @@ class MlxLayout(Layout):
 
     def _form(self, entry: Mapping[str, Any], key: str) -> Form:
         """The form of {group_size, bits, mode}; the default mode is affine."""
-        mode, bits, group = entry.get("mode", "affine"), entry.get("bits"), entry.get("group_size", 64)
+        mode = "affine" if entry.get("mode") is None else entry["mode"]
+        bits, group = whole(entry.get("bits")), whole(entry.get("group_size", 64))
         fault = f"{self.where}: {key}: "
         if mode == "affine":
             try:

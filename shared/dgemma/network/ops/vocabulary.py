@@ -53,7 +53,7 @@ class Vocabulary(Layers):
         self,
         h: Array,
         table: Array,
-        softcap: float,
+        softcap: float | None,
         temperature: Array | float,
         uniforms: Array,
         soft_bound: float = 0.0,
@@ -73,7 +73,8 @@ class Vocabulary(Layers):
         """
         heat: Array = temperature if getattr(temperature, "ndim", 0) else uniforms * 0.0 + temperature
         parts: list[Prediction] = []
-        step = self.rows_at_once(table)
+        # No kernel leaves logits uncapped, so that such rows take the plain path and its plane.
+        step = self.vocab_rows if softcap is None else self.rows_at_once(table)
         for a in range(0, h.shape[0], step):
             rows = slice(a, a + step)
             x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
@@ -87,7 +88,7 @@ class Vocabulary(Layers):
         self,
         h: Array,
         table: Array,
-        softcap: float,
+        softcap: float | None,
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
@@ -132,9 +133,10 @@ def embed(ops: Vocabulary, table: Array, ids: Array) -> Array:
     return dense(ops, table[ids]) if isinstance(table, Quantized) else ops.take(table, ids)
 
 
-def logits(ops: Vocabulary, h: Array, table: Array, softcap: float) -> Array:
-    """softcap · tanh(h @ tableᵀ / softcap) -> [..., v] wide; h [..., D], table [v, D]."""
-    return soft_cap(ops, ops.to_wide(ops.linear(h, table)), softcap)
+def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Array:
+    """softcap · tanh(h @ tableᵀ / softcap) -> [..., v] wide; h [..., D], table [v, D]. None caps nothing."""
+    z = ops.to_wide(ops.linear(h, table))
+    return z if softcap is None else soft_cap(ops, z, softcap)
 
 
 def soft_cap(ops: Vocabulary, z: Array, cap: float) -> Array:
