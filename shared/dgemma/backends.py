@@ -66,12 +66,14 @@ def choose(
         ("dtype", dtype, (*DTYPES, None)),
         ("activations", activations, (*ACTIVATIONS, None)),
     ):
+        names = ", ".join(name for name in known if name)
         # By type first: NumPy's types equal their names.
-        if not isinstance(value, str | None) or value not in known:
-            names = ", ".join(name for name in known if name)
+        if not isinstance(value, str | None):
+            raise BackendError(f"{what} must be a name, not {type(value).__name__}; known: {names}")
+        if value not in known:
             raise BackendError(f"unknown {what} {reprlib.repr(value)}; known: {names}")
     if not isinstance(device, str | None):
-        raise BackendError(f"device must be a name such as 'cuda:0', not {reprlib.repr(device)}")
+        raise BackendError(f"device must be a name such as 'cuda:0', not {type(device).__name__}")
     backend = _best() if backend == "auto" else backend
     package = PACKAGES.get(backend)
     if not (package and package.choices):

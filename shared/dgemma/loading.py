@@ -55,9 +55,11 @@ def load(
     before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
     """
     if progress is not None and not callable(progress):
-        raise ConfigError(f"progress must be a function of done and total, not {reprlib.repr(progress)}")
+        raise ConfigError(f"progress must be a function of done and total, not {type(progress).__name__}")
     if notices is not None and not callable(getattr(notices, "say", None)):
-        raise ConfigError(f"notices must be a dgemma Notices, not {reprlib.repr(notices)}")
+        raise ConfigError(
+            f"notices must have a method say, as Notices has; {type(notices).__name__} has none"
+        )
     backend = choose(backend, dtype, device, activations)
     given = _model(model)
     folder = resolve(given, files=SMALL_FILES, notices=notices)
@@ -112,7 +114,7 @@ def _model(model: object) -> str | Path:
     except TypeError:
         name = None
     if not isinstance(name, str):
-        raise CheckpointError(f"the model must be a folder or a hub id, not {reprlib.repr(model)}")
+        raise CheckpointError(f"the model must be a folder or a hub id, not {type(model).__name__}")
     return name if isinstance(model, str) else Path(name)
 
 

@@ -159,3 +159,17 @@ def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["info", str(tmp_path)])
     assert result.exit_code == 1
     assert result.stderr == f"dgemma: error: {tmp_path / 'config.json'}: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "broken", ["model.safetensors", "generation_config.json", "model.safetensors.index.json"]
+)
+def test_config_alone_is_enough_where_the_rest_is_broken(broken: str, tmp_path: Path) -> None:
+    whole = info.describe(make_checkpoint(tmp_path))
+    (tmp_path / broken).write_text("{")
+    report = info.describe(tmp_path)
+    assert whole["weights_fault"] is None and broken in report["weights_fault"]
+    for key in ("geometry", "parameters", "memory"):
+        assert report[key] == whole[key]
+    result = CliRunner().invoke(main, ["info", str(tmp_path)])
+    assert result.exit_code == 0 and "The weights do not open" in result.stdout

@@ -778,3 +778,64 @@ def test_tables_of_bits_are_those_of_the_formats() -> None:
         assert np.array_equal((codes & bits.sign) != 0, np.signbit(table) & (bits.sign > 0))
     every = np.arange(65536, dtype="<u2")
     assert np.array_equal((every & 0x7C00) == 0x7C00, ~np.isfinite(every.view("<f2")))
+
+
+# ---- small files --------------------------------------------------------------------------------
+
+
+def with_text(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, small(vocab_size=480), tokenizer=True)
+
+
+def test_what_is_there_for_text_is_reported(tmp_path: Path) -> None:
+    report = json.loads(run(with_text(tmp_path), "--json").stdout)
+    assert report["text"]["chat_template"] is True and report["text"]["tokens"] > 100
+    assert report["text"]["stop_ids"] >= 1 and report["notes"] == []
+    assert " tokens, a chat template, " in run(tmp_path).stdout
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00" * 50, '{"model": {"type": "Nothing"}}'])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_small_files_that_are_broken(name: str, content: str, tmp_path: Path) -> None:
+    (with_text(tmp_path) / name).write_text(content)
+    if name == "generation_config.json" and content.endswith("}}"):  # keys that nothing reads
+        assert findings(tmp_path) == []
+        return
+    found = only(tmp_path)
+    assert found["kind"] == "checkpoint" and name in found["text"]
+
+
+def test_a_template_that_does_not_compile(tmp_path: Path) -> None:
+    (with_text(tmp_path) / "chat_template.jinja").write_text("{% if %}")
+    assert only(tmp_path)["kind"] == "checkpoint"
+
+
+def test_each_broken_small_file_is_named(tmp_path: Path) -> None:
+    folder = with_text(tmp_path)
+    (folder / "generation_config.json").write_text("{")
+    (folder / "tokenizer.json").write_text("{")
+    texts = [finding["text"] for finding in findings(folder)]
+    assert len(texts) == 2 and "generation_config.json" in texts[0] and "tokenizer.json" in texts[1]
+
+
+def test_notes_are_no_findings(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    assert json.loads(run(folder, "--json").stdout)["notes"][0].startswith("no tokenizer.json")
+    assert run(folder).exit_code == 0 and "note: no tokenizer.json" in run(folder).stdout
+    folder = with_text(tmp_path / "text")
+    (folder / "chat_template.jinja").unlink()
+    write_json(folder / "tokenizer_config.json", {})
+    assert any("no chat template" in note for note in json.loads(run(folder, "--json").stdout)["notes"])
+    write_json(folder / "generation_config.json", {})
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {k: v for k, v in config.items() if k != "eos_token_id"})
+    notes = json.loads(run(folder, "--json").stdout)["notes"]
+    assert any("no token ends a reply" in note for note in notes)
+
+
+def test_logits_of_a_damaged_model_are_left_out(tmp_path: Path) -> None:
+    original = make_checkpoint(tmp_path / "original")
+    damaged = make_checkpoint(tmp_path / "damaged", edit=lambda tensors: put(tensors[NORM], 3, 0x7FC0))
+    for one, other in ((damaged, original), (original, damaged)):
+        found = json.loads(run(one, "--against", other, "--json", "--backend", "numpy").stdout)["against"]
+        assert NORM in found["logits"]["skipped"] and found["weights"]["norm"]["relative_rms"] is None

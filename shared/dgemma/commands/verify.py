@@ -39,9 +39,10 @@ from dgemma.reports import verify as library
 def verify(model: str, against: str | None, logits: bool, backend: str, as_json: bool) -> int:
     """Check MODEL, a folder or a hub id, down to every stored value.
 
-    Names, types and shapes are held against config.json, the quantization against what it announces; values
-    that are not finite, scales of zero and tied copies that differ are listed. The exit code is 1 if anything
-    is wrong. Differences from --against change no exit code.
+    Names, types and shapes are held against config.json, the quantization against what it announces, and the
+    tokenizer and the chat template are opened; values that are not finite, scales of zero, weights that are
+    all zero or have a hole of zeros and tied copies that differ are listed. The exit code is 1 if anything is
+    wrong. Notes and differences from --against change no exit code.
 
     \b
     dgemma verify google/diffusiongemma-26B-A4B-it

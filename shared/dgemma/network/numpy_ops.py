@@ -29,7 +29,8 @@ class NumpyOps(Ops):
         return np.asarray(x, np.float64)
 
     def load(self, stored: Stored, wide: bool = False) -> Array:
-        return stored.to_float32().astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a NaN stays one, without a warning
+            return stored.to_float32().astype(np.float64)
 
     def raw(self, x: np.ndarray) -> Array:
         return x.copy()

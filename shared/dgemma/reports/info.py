@@ -13,6 +13,7 @@ from typing import Any
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.folder import has_weights
 from dgemma.checkpoint.hub import resolve
+from dgemma.errors import DgemmaError
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
 from dgemma.network.config import FULL, SLIDING, Config, read_config
@@ -83,13 +84,14 @@ def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any
     """All that `dgemma info` knows of a folder or hub id, ready for JSON.
 
     config.json alone is enough, and nothing else of a hub id is downloaded. `stored_bytes` is null if no
-    weights are at hand; memory is then that of an unquantized checkpoint.
+    weights are at hand, or if they do not open, as "weights_fault" then says; memory is that of an
+    unquantized checkpoint in both cases.
     """
     folder = resolve(model, files=["config.json"], notices=notices)
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
     counts, active = parameter_counts(config), active_parameters(config)
-    checkpoint = Checkpoint.open(folder) if has_weights(folder) else None
+    checkpoint, fault = _weights(folder)
     forms = {name: source.form for name, source in checkpoint.sources.items()} if checkpoint else {}
     return {
         "model": str(model),
@@ -102,8 +104,17 @@ def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any
             "by_class": {k: 2 * n for k, n in counts.items()},
         },
         "stored_bytes": stored_bytes(checkpoint) if checkpoint else None,
+        "weights_fault": fault,
         "memory": [memory(config, form, forms) for form in FORMATS],
     }
+
+
+def _weights(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """The checkpoint in a folder with weights, or why it does not open."""
+    try:
+        return (Checkpoint.open(folder), None) if has_weights(folder) else (None, None)
+    except DgemmaError as error:
+        return None, " ".join(str(error).split())
 
 
 def geometry(config: Config) -> dict[str, Any]:
@@ -143,6 +154,8 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The report of `describe` as text."""
     parts = [_geometry_text(report), _parameters_text(report), _memory_text(report["memory"])]
+    if fault := report["weights_fault"]:
+        parts.append(["The weights do not open, so the numbers are those of unquantized ones:", f"  {fault}"])
     return "\n\n".join("\n".join(part) for part in parts)
 
 
