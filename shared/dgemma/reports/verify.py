@@ -19,7 +19,7 @@ from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.folder import read_shard, shards
 from dgemma.checkpoint.safetensors import Entry
 from dgemma.checkpoint.values import Flaw, Subject
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, visible
 from dgemma.files import Progress
 from dgemma.loading import Small, open_small
 from dgemma.network.spec import GROUPS
@@ -259,7 +259,7 @@ def _findings_text(report: dict[str, Any]) -> list[str]:
             *lines,
             "nothing wrong: names, types, shapes, values, tied copies and small files are as they should be",
         ]
-    return [*lines, _number(len(found), "finding"), *(f"  {finding['text']}" for finding in found)]
+    return [*lines, _number(len(found), "finding"), *(f"  {visible(finding['text'])}" for finding in found)]
 
 
 def _number(count: int, thing: str) -> str:
