@@ -11,7 +11,7 @@ from benchmarks.fuzz.run import run
 
 
 def test_three_hundred_mutations() -> None:
-    results = run(300, seed=12)
+    results = list(run(300, seed=12))
     assert [result for result in results if result["outcome"] == "fault"] == []
     outcomes = Counter(result["outcome"] for result in results)
     assert outcomes["answer"] > 50 and outcomes["refusal"] > 100  # both are tried
