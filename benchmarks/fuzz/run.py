@@ -15,7 +15,7 @@ SECONDS = 60.0  # that a case may take; the bounds of a template are 5 of them
 
 
 def run(cases: int, seed: int = 0, first: int = 0) -> Iterator[dict[str, Any]]:
-    """The results of `cases` cases from number `first` on. A worker that ends before is a fault of its case."""
+    """The results of `cases` cases from number `first` on. A worker that ends early is a fault."""
     next_case, end = first, first + cases
     while next_case < end:
         for result in _worker(seed, next_case, end):
