@@ -146,11 +146,21 @@ def test_byte_order_marks_are_no_part_of_a_file(tmp_path: Path) -> None:
     {"bos_token": 5}, {"bos_token": []}, {"bos_token": {"content": 5}}, {"extra_special_tokens": "x"},
     {"extra_special_tokens": [None]}, {"added_tokens_decoder": []}, {"added_tokens_decoder": {"x": TOKEN}},
     {"added_tokens_decoder": {"5": None}}, {"cursor_token": {}},
-    {"bos_token": {"content": "a", "lstrip": "yes"}},
+    {"bos_token": {"content": "a", "lstrip": "yes"}}, {"bos_token": "\ud800"},
+    {"extra_special_tokens": ["a\udfff"]}, {"added_tokens_decoder": {"5": {"content": "\ud800"}}},
 ])  # fmt: skip
 def test_declarations_that_are_none(declared: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         opened(make(tmp_path / "m", config=lambda config: config.update(declared)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"a": []}', '{"a": {}}', '{"a": "x"}', '{"a": null}', '{"": 5}', "[]"])
+def test_older_declarations_that_are_none(text: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    (folder / "added_tokens.json").write_text(text)
+    with pytest.raises(DgemmaError, match=r"added_tokens.json") as caught:
+        opened(folder)
     assert "\n" not in str(caught.value)
 
 

@@ -102,11 +102,12 @@ def _lengths_of_zero(entry: Any) -> Iterable[bool]:
 
 def _token(value: Any, where: str, special: bool = True) -> Token:
     """A token as a file declares it: its text, or an object with its flags."""
-    if isinstance(value, str) and value:
-        return Token(value, special=special, normalized=not special)
-    content = value.get("content") if isinstance(value, dict) else None
-    if not isinstance(content, str) or not content:
+    content = value.get("content") if isinstance(value, dict) else value
+    # Half a surrogate pair is no text for the library.
+    if not isinstance(content, str) or not content or content != content.encode(errors="ignore").decode():
         raise CheckpointError(f"{where}: {str(value)[:60]!r} is no token")
+    if not isinstance(value, dict):
+        return Token(content, special=special, normalized=not special)
     flags = {name: value[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise CheckpointError(f"{where}: {content!r} has unusable flags")
@@ -143,12 +144,13 @@ def _beside(folder: Path, config: Mapping[str, Any]) -> list[Token]:
     declared = config.get("added_tokens_decoder")
     if declared is None:
         where = "added_tokens.json"
-        ids = _optional(folder / where)
-        declared = {id: content for content, id in ids.items()}
-    if not isinstance(declared, dict):
+        pairs = [(id, content) for content, id in _optional(folder / where).items()]
+    elif isinstance(declared, dict):
+        pairs = list(declared.items())
+    else:
         raise CheckpointError(f"{where}: expected an object")
     found = {}
-    for id, value in declared.items():
+    for id, value in pairs:
         try:
             found[int(id)] = _token(value, where, special=False)
         except (TypeError, ValueError):
