@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,8 +138,17 @@ def open_small(folder: Path) -> Small:
     """
     config, generation = read_configs(folder)
     tokenizer = Tokenizer.open(folder)
-    beyond = _beyond(tokenizer, config.vocab_size) if tokenizer else None
-    return Small(config, generation, tokenizer, (f"{folder / 'tokenizer.json'}: {beyond}",) if beyond else ())
+    notes = tuple(_odd(folder, tokenizer, config.vocab_size)) if tokenizer else ()
+    return Small(config, generation, tokenizer, notes)
+
+
+def _odd(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
+    """Sentences on what is odd in the files of the text, but works."""
+    if beyond := _beyond(tokenizer, vocab_size):
+        yield f"{folder / 'tokenizer.json'}: {beyond}"
+    # A page of an error saved in a template's place is a template, too: of a text that never changes.
+    if tokenizer.template and "messages" not in tokenizer.template.variables:
+        yield f"{folder}: its chat template reads no messages, so what is asked is no part of the prompt"
 
 
 def _beyond(tokenizer: Tokenizer, vocab_size: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from dgemma.errors import CheckpointError
-from dgemma.files import exists, load_json, read_text
+from dgemma.files import exists, is_folder, load_json, names, read_text
 from dgemma.text.template import ChatTemplate
 
 TOKENIZER_BYTES = 1 << 29  # of tokenizer.json; the released one has 32 MB
@@ -144,7 +144,7 @@ def _beside(folder: Path, config: Mapping[str, Any]) -> list[Token]:
     if declared is None:
         where = "added_tokens.json"
         ids = _optional(folder / where)
-        declared = {id: content for content, id in ids.items()}
+        declared = {id if type(id) in (int, str) else str(id): content for content, id in ids.items()}
     if not isinstance(declared, dict):
         raise CheckpointError(f"{where}: expected an object")
     found = {}
@@ -178,8 +178,9 @@ def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, st
     if exists(path):
         found["default"] = (read_text(path), str(path))
     more = folder / "additional_chat_templates"
-    for path in sorted(more.glob("*.jinja")) if exists(more) else []:
-        found[path.stem] = (read_text(path), str(path))
+    for name in names(more) if is_folder(more) else []:
+        if name.endswith(".jinja"):
+            found[name.removesuffix(".jinja")] = (read_text(more / name), str(more / name))
     if found:
         return found
     for name, key in (("tokenizer_config.json", "chat_template"), ("chat_template.json", "chat_template")):
