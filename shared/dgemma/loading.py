@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,26 +85,7 @@ def load(
     if free is not None and needed > free:
         ops.notices.say(f"the weights take {_gb(needed)}, and {_gb(free)} are free: memory may run out")
     weights = checkpoint.load(ops, progress)
-    generation = checkpoint.generation
-    if not generation.stop_ids:
-        generation = replace(generation, stop_ids=_stop_ids(checkpoint, small.tokenizer))
-        if not generation.stop_ids:
-            ops.notices.say(
-                f"{checkpoint.folder} names no token that ends a reply, so max_new_tokens alone does"
-            )
-    return Model(ops, checkpoint.config, generation, weights, small.tokenizer)
-
-
-def _stop_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The ids that end a reply by the tokenizer's files: for a checkpoint whose configuration names none."""
-    if tokenizer is None:
-        return ()
-    path = checkpoint.folder / "tokenizer_config.json"
-    eos = load_json(path).get("eos_token") if exists(path) else None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    known = tokenizer.raw.get_vocab()
-    names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
-    return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < checkpoint.config.vocab_size)
+    return Model(ops, checkpoint.config, small.generation, weights, small.tokenizer)
 
 
 def _model(model: object) -> str | Path:
@@ -138,17 +119,31 @@ def open_small(folder: Path) -> Small:
     """
     config, generation = read_configs(folder)
     tokenizer = Tokenizer.open(folder)
-    notes = tuple(_odd(folder, tokenizer, config.vocab_size)) if tokenizer else ()
-    return Small(config, generation, tokenizer, notes)
-
-
-def _odd(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> Iterator[str]:
-    """Sentences on what is odd in the files of the text, but works."""
-    if beyond := _beyond(tokenizer, vocab_size):
-        yield f"{folder / 'tokenizer.json'}: {beyond}"
+    notes = []
+    if not generation.stop_ids:
+        generation = replace(generation, stop_ids=_stop_ids(folder, tokenizer, config.vocab_size))
+        if not generation.stop_ids:
+            notes.append(f"{folder} names no token that ends a reply, so max_new_tokens alone does")
+    if tokenizer and (beyond := _beyond(tokenizer, config.vocab_size)):
+        notes.append(f"{folder / 'tokenizer.json'}: {beyond}")
     # A page of an error saved in a template's place is a template, too: of a text that never changes.
-    if tokenizer.template and "messages" not in tokenizer.template.variables:
-        yield f"{folder}: its chat template reads no messages, so what is asked is no part of the prompt"
+    if tokenizer and tokenizer.template and "messages" not in tokenizer.template.variables:
+        notes.append(
+            f"{folder}: its chat template reads no messages, so what is asked is no part of the prompt"
+        )
+    return Small(config, generation, tokenizer, tuple(notes))
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end a reply by the tokenizer's files: for a checkpoint whose configuration names none."""
+    if tokenizer is None:
+        return ()
+    path = folder / "tokenizer_config.json"
+    eos = load_json(path).get("eos_token") if exists(path) else None
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    known = tokenizer.raw.get_vocab()
+    names = [name for name in (eos, "<turn|>", "<|tool_response>") if isinstance(name, str)]
+    return tuple(known[name] for name in names if known.get(name, MAX_SIZE) < vocab_size)
 
 
 def _beyond(tokenizer: Tokenizer, vocab_size: int) -> str | None:

@@ -143,7 +143,7 @@ class Hub:
         monkeypatch.setattr(loading, "resolve", self.resolve)
         monkeypatch.setattr(loading, "make_ops", self.make_ops)
 
-    def resolve(self, model: Any, files: Sequence[str] = ("*.safetensors",)) -> Path:
+    def resolve(self, model: Any, files: Sequence[str] = ("*.safetensors",), notices: Any = None) -> Path:
         self.asked.append("weights" if "*.safetensors" in files else "small files")
         return self.folder
 
@@ -176,7 +176,7 @@ def test_small_files_are_opened_again_where_a_branch_has_moved(
     hub = Hub(make_checkpoint(tmp_path / "old"), monkeypatch)
     new = make_checkpoint(tmp_path / "new", tokenizer=True)
 
-    def moved(model: Any, files: Sequence[str] = ("*.safetensors",)) -> Path:
+    def moved(model: Any, files: Sequence[str] = ("*.safetensors",), notices: Any = None) -> Path:
         return new if hub.resolve(model, files) and "*.safetensors" in files else hub.folder
 
     monkeypatch.setattr(loading, "resolve", moved)

@@ -108,8 +108,6 @@ def _notes(small: Small) -> list[str]:
         notes.append("no tokenizer.json: only token ids can be given")
     elif small.tokenizer.template is None:
         notes.append("no chat template: only token ids can be given")
-    if not small.generation.stop_ids:
-        notes.append("no token ends a reply by generation_config.json or config.json")
     return notes
 
 
