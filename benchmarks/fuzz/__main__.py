@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 
 import click
-from rich.console import Console
-
-from dgemma.commands.progress import progress_bar
 
 from .run import run
 
@@ -21,18 +19,18 @@ from .run import run
 def main(cases: int, seed: int, only: int | None, as_json: bool) -> None:
     """Load and run mutated checkpoints; the exit code is 1 if one ended otherwise than with an answer or a
     refusal in one line."""
-    with progress_bar(Console(stderr=True), "cases") as progress:
-        results = run(1, seed, progress, only) if only is not None else run(cases, seed, progress)
-    faults = [result for result in results if result["outcome"] == "fault"]
-    if as_json:
+    first, count = (0, cases) if only is None else (only, 1)
+    counts: Counter[str] = Counter()
+    with click.progressbar(run(count, seed, first), length=count, label="cases", file=sys.stderr) as results:
         for result in results:
-            click.echo(json.dumps(result))
-    else:
-        counts = Counter(result["outcome"] for result in results)
-        click.echo("\n".join(f"{outcome:<8} {count:6,}" for outcome, count in sorted(counts.items())))
-        for fault in faults:
-            click.echo(f"case {fault['case']}: {'; '.join(fault['changed'])}: {fault['text']}")
-    raise SystemExit(1 if faults else 0)
+            counts[result["outcome"]] += 1
+            if as_json:
+                click.echo(json.dumps(result))
+            elif result["outcome"] == "fault":
+                click.echo(f"case {result['case']}: {'; '.join(result['changed'])}: {result['text']}")
+    if not as_json:
+        click.echo("\n".join(f"{outcome:<8} {number:6,}" for outcome, number in sorted(counts.items())))
+    raise SystemExit(1 if counts["fault"] else 0)
 
 
 if __name__ == "__main__":

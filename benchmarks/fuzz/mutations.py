@@ -38,7 +38,8 @@ def mutate(folder: Path, r: Random) -> list[str]:
     for _ in range(1 if r.random() < 0.8 else r.randint(2, 3)):
         path = folder / r.choice(NAMES)
         change = r.choice(CHANGES[path.suffix])
-        change = r.choice(FILE_CHANGES) if r.random() < 0.1 or not path.is_file() else change
+        if r.random() < 0.1 or not path.is_file():
+            change = r.choice(FILE_CHANGES if path.is_file() else FILE_CHANGES[1:])
         try:
             change(path, r)
         except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError, KeyError, TypeError):

@@ -8,24 +8,19 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 60.0  # that a case may take; the bounds of a template are 5 of them
 
 
-def run(
-    cases: int, seed: int = 0, progress: Callable[[int, int], None] | None = None, first: int = 0
-) -> list[dict[str, Any]]:
-    """The results of `cases` cases from number `first` on. A worker that ends before is a fault."""
-    results: list[dict[str, Any]] = []
-    end = first + cases
-    while (start := first + len(results)) < end:
-        for result in _worker(seed, start, end):
-            results.append(result)
-            if progress:
-                progress(len(results), cases)
-    return results
+def run(cases: int, seed: int = 0, first: int = 0) -> Iterator[dict[str, Any]]:
+    """The results of `cases` cases from number `first` on. A worker that ends early is a fault."""
+    next_case, end = first, first + cases
+    while next_case < end:
+        for result in _worker(seed, next_case, end):
+            next_case = result["case"] + 1
+            yield result
 
 
 def _worker(seed: int, start: int, stop: int) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.folder import INDEX, SINGLE, find_tensors, shards
+from dgemma.checkpoint.folder import INDEX, SINGLE, find_tensors, has_weights, shards
 from dgemma.checkpoint.hub import resolve
 from dgemma.checkpoint.safetensors import MAX_TENSORS, read_header
 from dgemma.errors import CheckpointError, DgemmaError, visible
@@ -57,10 +57,6 @@ def plug(path: Path) -> None:
 
 def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
-
-
-def terminal(path: Path) -> None:
-    path.symlink_to("/dev/tty")
 
 
 def folder_of(path: Path) -> None:
@@ -206,6 +202,7 @@ def test_a_folder_that_may_not_be_listed(
     refusing("listdir", "/model", code)
     opened(folder)()  # the index names all that is needed
     (folder / INDEX).unlink()
+    refused(lambda: has_weights(folder), f"{folder}: cannot be read ({os.strerror(code)})")
     message = refused(opened(folder), f"{folder}: cannot be read ({os.strerror(code)})")
     assert "no .safetensors" not in message
     (folder / "config.json").unlink()

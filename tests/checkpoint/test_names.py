@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
 from dgemma.checkpoint.names import hub_id
 from dgemma.errors import CheckpointError
@@ -221,8 +222,6 @@ def test_links_of_the_file_system(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("config", [False, True])
 def test_a_folder_of_something_else(tmp_path: Path, files: list[str], part: str, config: bool) -> None:
-    from dgemma.checkpoint.checkpoint import Checkpoint
-
     if config:
         make_checkpoint(tmp_path)
         (tmp_path / "model.safetensors").unlink()
@@ -258,4 +257,14 @@ def test_a_model_s_folder_in_the_hub_s_cache(tmp_path: Path, below: str) -> None
     refused(lambda: resolve(root / below), "give org/my-name", str(root / "snapshots" / ("b" * 40)))
     (root / "refs" / "main").write_bytes(b"\xff")
     refused(lambda: resolve(root / below), "give org/my-name", str(root / "snapshots" / ("a" * 40)))
-    assert resolve(root / "snapshots" / ("a" * 40)).name == "a" * 40
+    refused(lambda: resolve(tmp_path), "the hub's cache; give a model of it: org/my-name")
+    snapshot = root / "snapshots" / ("a" * 40)
+    assert resolve(snapshot) == snapshot
+    (snapshot / "model.safetensors").unlink()
+    refused(
+        lambda: Checkpoint.open(resolve(snapshot)),
+        "no .safetensors",
+        "give org/my-name to complete the download",
+    )
+    (snapshot / "config.json").unlink()
+    refused(lambda: resolve(snapshot), "give org/my-name to complete the download")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -53,7 +54,7 @@ def listing(repo: str, revision: str | None) -> list[str]:
     with _failures(repo, revision):
         try:
             info = hub.HfApi().model_info(repo, revision=revision, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
-            return [file.rfilename for file in info.siblings or ()]
+            return [file.rfilename for file in info.siblings or () if isinstance(file.rfilename, str)]
         except (KeyError, TypeError, AttributeError) as error:  # JSON, but of another service
             raise Failure("what answers is not the hub; see HF_ENDPOINT and the proxy", error) from None
 
@@ -72,6 +73,10 @@ def fetch(repo: str, revision: str | None, names: Sequence[str], progress: bool)
         for name in sorted(names, key=lambda name: (name.endswith(".safetensors"), name)):
             # The first file writes down which commit the revision is; all others are of this commit.
             commit = folder.name if folder else revision
+            if folder is None or not os.path.exists(folder / name):
+                # The client would wait without an end if a busy hub asks for it; this only asks.
+                url = hub.hf_hub_url(repo, name, revision=commit)
+                hub.get_hf_file_metadata(url, timeout=hub.constants.HF_HUB_ETAG_TIMEOUT)
             path = Path(hub.hf_hub_download(repo, name, revision=commit))
             folder = folder or path.parents[name.count("/")]
     assert folder is not None
@@ -178,7 +183,7 @@ def _explained(repo: str, revision: str | None, error: BaseException) -> Failure
     if text is None and isinstance(error, OSError) and error.errno is not None:  # of the disk
         text = f"the cache cannot be written ({error.strerror}); make room there, or name another in HF_HOME"
     if text is None:
-        text = f"download failed ({_short(error)}); try again: what has arrived is kept"
+        text = f"download failed ({_short(error)}); try again: whole files that have arrived are kept"
     return Failure(text, error)
 
 

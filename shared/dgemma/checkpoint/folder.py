@@ -26,6 +26,13 @@ def shards(folder: Path) -> list[Path]:
     return [folder / name for name in _names(folder) if name.endswith(".safetensors")]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has an index or any safetensors file; CheckpointError if it cannot be listed."""
+    if _exists(folder / INDEX) or _exists(folder / SINGLE):
+        return True
+    return any(name.endswith(".safetensors") for name in _names(folder))
+
+
 def find_tensors(folder: Path) -> tuple[Path, dict[str, Entry]]:
     """A folder's index, or its only safetensors file, and its tensors by name."""
     if (weight_map := _index(folder)) is not None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dgemma.errors import ConfigError
-from dgemma.files import exists, is_folder, names, read_text
+from dgemma.files import is_folder, names, read_text
 
 _CONFIG = "config.json"
 _CACHED = re.compile(r"models--(.+?)--(.+)")  # the hub's cache writes "/" as "--"
@@ -33,7 +33,7 @@ def misplaced(folder: Path) -> str | None:
     None for a folder that has one, and for a folder of which nothing can be said. ConfigError if the folder
     cannot be read.
     """
-    if exists(folder / _CONFIG):
+    if os.path.lexists(folder / _CONFIG):  # whoever reads it says what is wrong with it
         return None
     inside = names(folder)
     if text := _cached(folder):
@@ -46,10 +46,12 @@ def misplaced(folder: Path) -> str | None:
 
 
 def foreign(folder: Path) -> str | None:
-    """What the files of a folder, or right below it, are if they are another program's; None for others.
+    """What a folder without weights is, if it is the hub's or of another program; None for others.
 
     ConfigError if the folder cannot be read.
     """
+    if text := _cached(folder):
+        return text
     inside = names(folder)
     files = list(inside)
     for name in _folders(folder, inside):
@@ -84,17 +86,27 @@ def _folders(folder: Path, inside: Iterable[str]) -> list[str]:
 
 
 def _cached(folder: Path) -> str | None:
-    """What to say of a model's folder in the hub's cache: the snapshot that is meant lies below it."""
+    """What to say of a folder of the hub's cache: a snapshot that lacks files, or one above the snapshots."""
     root = folder.absolute()
+    if root.parent.name == "snapshots" and (hub_id := _id(root.parent.parent)):
+        return f"a part of {hub_id} in the hub's cache; give {hub_id} to complete the download"
+    if models := [hub_id for name in names(root) if (hub_id := _id(root / name))]:
+        some = ", ".join(models[:3]) + (", …" if len(models) > 3 else "")
+        return f"the hub's cache; give a model of it: {some}"
     root = root.parent if root.name in ("snapshots", "blobs", "refs") else root
-    match = _CACHED.fullmatch(root.name)
-    if match is None or not is_folder(root / "snapshots"):
+    if (hub_id := _id(root)) is None or not is_folder(root / "snapshots"):
         return None
     found = names(root / "snapshots")
     if not found:
-        return f"a folder of the hub's cache without a snapshot; give {match[1]}/{match[2]} to download it"
+        return f"a folder of the hub's cache without a snapshot; give {hub_id} to download it"
     newest = root / "snapshots" / _current(root, found)
-    return f"a folder of the hub's cache; give {match[1]}/{match[2]}, or its snapshot {newest}"
+    return f"a folder of the hub's cache; give {hub_id}, or its snapshot {newest}"
+
+
+def _id(root: Path) -> str | None:
+    """The model whose folder in the hub's cache has this name."""
+    match = _CACHED.fullmatch(root.name)
+    return f"{match[1]}/{match[2]}" if match else None
 
 
 def _current(root: Path, found: Sequence[str]) -> str:

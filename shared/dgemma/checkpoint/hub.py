@@ -15,7 +15,7 @@ from dgemma.checkpoint.hints import foreign_names, misplaced
 from dgemma.checkpoint.names import hub_id
 from dgemma.checkpoint.safetensors import TruncatedError, read_header
 from dgemma.errors import CheckpointError, ConfigError
-from dgemma.files import quoted, reason
+from dgemma.files import names, quoted, reason
 from dgemma.network.ops import Notices
 
 # The files of a model but its weights. A repository may hold other formats and demos beside and below them.
@@ -42,7 +42,7 @@ EVERY_FILE = [
     "additional_chat_templates/*.jinja",
 ]
 
-_NEEDED = ("config.json", "tokenizer.json")  # of a copy in the cache that cannot be compared with the hub's
+_NEEDED = ("config.json", "tokenizer.json")
 
 
 def resolve(
@@ -113,9 +113,11 @@ def _from_hub(
 
     try:
         folder = download.patiently(repo, notices, attempt)
+        _check_copy(repo, folder, files)
     except download.Failure as failure:
         raise CheckpointError(f"{repo!r}: {_without(repo, revision, files, failure)}") from None
-    _check_copy(repo, folder, files)
+    except ConfigError as error:
+        raise CheckpointError(f"{repo!r}: its copy in the cache: {error}") from None
     return folder
 
 
@@ -127,7 +129,7 @@ def _without(repo: str, revision: str | None, files: Sequence[str], failure: dow
         again = "run this again online to complete the download"
         return f"the copy in the cache is a part of it and lacks {lacks[0]}{more}; {failure}; {again}"
     if failure.offline:
-        return f"not in the cache, and {failure}; connect to download it, or give a folder"
+        return f"not wholly in the cache, and {failure}; connect to download it, or give a folder"
     return str(failure)
 
 
@@ -146,8 +148,11 @@ def _check_listing(repo: str, listed: Sequence[str], files: Sequence[str]) -> No
 
 def _missing(folder: Path, files: Sequence[str]) -> list[str]:
     """The files that a copy in the cache lacks, as far as it shows: the hub's list is not at hand."""
-    there = [name for name in os.listdir(folder) if matches(name, files)]
-    lacks = [name for name in _NEEDED if name in files and name not in there]
+    held = names(folder)
+    there = [name for name in held if matches(name, files)]
+    # Weights come last, so a copy with weights has all that the hub has beside them.
+    bare = not any(name.endswith(".safetensors") for name in held)
+    lacks = [name for name in _NEEDED if bare and name in files and name not in held]
     # A link without its blob: pruned, or not yet downloaded.
     lacks += sorted(name for name in there if not os.path.exists(folder / name))
     if not lacks and matches(SINGLE, files):
@@ -160,7 +165,7 @@ def _missing(folder: Path, files: Sequence[str]) -> list[str]:
 
 def _check_copy(repo: str, folder: Path, files: Sequence[str]) -> None:
     """CheckpointError if a file of the cache is cut, which the hub's client does not see."""
-    for name in sorted(os.listdir(folder)):
+    for name in names(folder):
         file = folder / name
         if not matches(name, files) or not os.path.isfile(file):
             continue

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from dgemma.commands import process, streams
-from dgemma.errors import DgemmaError
+from dgemma.errors import DgemmaError, visible
 
 HELP = {"help_option_names": ["-h", "--help"]}
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -54,8 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    text = " ".join(message.split())  # and what a terminal would obey, in a file's name, is spelled out
-    streams.note("dgemma: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+    streams.note(f"dgemma: error: {visible(message)}")
     sys.exit(code)
 
 

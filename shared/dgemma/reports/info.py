@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.folder import has_weights
 from dgemma.checkpoint.hub import resolve
 from dgemma.errors import DgemmaError
 from dgemma.files import load_json
@@ -110,10 +111,8 @@ def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any
 
 def _weights(folder: Path) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint in a folder with weights, or why it does not open."""
-    if not any(folder.glob("*.safetensors*")):
-        return None, None
     try:
-        return Checkpoint.open(folder), None
+        return (Checkpoint.open(folder), None) if has_weights(folder) else (None, None)
     except DgemmaError as error:
         return None, " ".join(str(error).split())
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from dgemma.checkpoint import values
 from dgemma.checkpoint.checkpoint import Checkpoint
-from dgemma.checkpoint.folder import INDEX, shards
-from dgemma.checkpoint.safetensors import Entry, read_header
+from dgemma.checkpoint.folder import read_shard, shards
+from dgemma.checkpoint.safetensors import Entry
 from dgemma.checkpoint.values import Flaw, Subject
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, visible
 from dgemma.files import Progress
 from dgemma.loading import Small, open_small
 from dgemma.network.spec import GROUPS
@@ -121,9 +121,7 @@ def _readable(folder: Path) -> tuple[list[Entry], list[Finding]]:
         files = []
     for file in files:
         try:
-            if not file.exists():
-                raise CheckpointError(f"{file}: missing shard that {INDEX} names; download it again")
-            entries += read_header(file)
+            entries += read_shard(file)
         except CheckpointError as error:
             findings.append(Finding("file", " ".join(str(error).split()), file=file.name))
     return entries, findings
@@ -261,7 +259,7 @@ def _findings_text(report: dict[str, Any]) -> list[str]:
             *lines,
             "nothing wrong: names, types, shapes, values, tied copies and small files are as they should be",
         ]
-    return [*lines, _number(len(found), "finding"), *(f"  {finding['text']}" for finding in found)]
+    return [*lines, _number(len(found), "finding"), *(f"  {visible(finding['text'])}" for finding in found)]
 
 
 def _number(count: int, thing: str) -> str:
