@@ -176,12 +176,15 @@ def listed(folder: Path) -> list[str]:
 def _comes_along(path: Path) -> bool:
     """Whether a path is a file of its folder; folders, pipes and devices are none."""
     if not path.is_symlink():
-        return path.is_file()
+        return os.path.isfile(path)
     target = Path(os.path.realpath(path))
-    if target.is_dir():
+    # Path.is_file would raise where a folder on the way may not be searched.
+    if os.path.isdir(target):
         return False
-    if not target.is_file():
-        raise CheckpointError(f"{path}: a link to no file; restore the file or remove the link")
+    if not os.path.isfile(target):
+        raise CheckpointError(
+            f"{path}: a link to no file that can be read; restore the file or remove the link"
+        )
     if not target.is_relative_to(os.path.realpath(path.parent)) and not _is_blob(target):
         raise CheckpointError(
             f"{path}: a link that leads out of its folder, to {target}; copy the file or remove it"

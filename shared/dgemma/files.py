@@ -150,6 +150,10 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
         raise ConfigError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
     if text.startswith(_POINTER):
         raise ConfigError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    # A download that broke off leaves an empty file, or zeros where it had reserved room.
+    if "\0" in text or not text.strip():
+        fault = "holds zero bytes, which no text has" if "\0" in text else "is empty"
+        raise ConfigError(f"{path}: {fault}; download it again")
     return text
 
 

@@ -126,6 +126,11 @@ def open_small(folder: Path) -> Small:
             notes.append(f"{folder} names no token that ends a reply, so max_new_tokens alone does")
     if tokenizer and (beyond := _beyond(tokenizer, config.vocab_size)):
         notes.append(f"{folder / 'tokenizer.json'}: {beyond}")
+    # A page of an error saved in a template's place is a template, too: of a text that never changes.
+    if tokenizer and tokenizer.template and "messages" not in tokenizer.template.variables:
+        notes.append(
+            f"{folder}: its chat template reads no messages, so what is asked is no part of the prompt"
+        )
     return Small(config, generation, tokenizer, tuple(notes))
 
 

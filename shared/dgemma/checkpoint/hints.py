@@ -65,9 +65,14 @@ def foreign_names(files: Sequence[str]) -> str | None:
     if found := next((name for name in files if is_adapter(name)), None):
         return f"{found} belongs to an adapter, which is no whole model; merge it into its base model"
     for endings, text in _FOREIGN:
-        if found := next((name for name in files if name.lower().endswith(endings)), None):
+        if found := next((name for name in files if _is_of(name.lower(), endings)), None):
             return f"{found} is {text}"
     return None
+
+
+def _is_of(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether a name has one of these endings; `.bin` is any program's, so it must speak of a model."""
+    return name.endswith(endings) and (not name.endswith(".bin") or "model" in name)
 
 
 def is_adapter(name: str) -> bool:

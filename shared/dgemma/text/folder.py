@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from dgemma.errors import CheckpointError
-from dgemma.files import exists, load_json, read_text
+from dgemma.files import exists, is_folder, load_json, names, read_text
 from dgemma.text.template import ChatTemplate
 
 TOKENIZER_BYTES = 1 << 29  # of tokenizer.json; the released one has 32 MB
@@ -152,7 +152,7 @@ def _beside(folder: Path, config: Mapping[str, Any]) -> list[Token]:
     found = {}
     for id, value in pairs:
         try:
-            found[int(id)] = _token(value, where, special=False)
+            found[int(str(id))] = _token(value, where, special=False)
         except (TypeError, ValueError):
             raise CheckpointError(f"{where}: {str(id)[:20]!r} is no token's id") from None
     return [found[id] for id in sorted(found)]
@@ -180,8 +180,9 @@ def _sources(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, st
     if exists(path):
         found["default"] = (read_text(path), str(path))
     more = folder / "additional_chat_templates"
-    for path in sorted(more.glob("*.jinja")) if exists(more) else []:
-        found[path.stem] = (read_text(path), str(path))
+    for name in names(more) if is_folder(more) else []:
+        if name.endswith(".jinja"):
+            found[name.removesuffix(".jinja")] = (read_text(more / name), str(more / name))
     if found:
         return found
     for name, key in (("tokenizer_config.json", "chat_template"), ("chat_template.json", "chat_template")):

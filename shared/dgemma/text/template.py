@@ -164,6 +164,7 @@ class ChatTemplates:
     def __init__(self, named: Mapping[str, ChatTemplate], where: str):
         self._named, self._where = dict(named), where
         self.literals = "\0".join(template.literals for template in named.values())
+        self.variables = {name for template in named.values() for name in template.variables}
 
     def _for(self, tools: object) -> ChatTemplate:
         names = ("tool_use", "default") if tools else ("default",)
