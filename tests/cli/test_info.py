@@ -173,3 +173,10 @@ def test_config_alone_is_enough_where_the_rest_is_broken(broken: str, tmp_path: 
         assert report[key] == whole[key]
     result = CliRunner().invoke(main, ["info", str(tmp_path)])
     assert result.exit_code == 0 and "The weights do not open" in result.stdout
+
+
+def test_a_name_that_a_terminal_would_obey_is_made_visible(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "a\x1b[31mb", small())
+    for command in (["info", str(folder)], ["verify", str(folder), "--against", str(folder), "--no-logits"]):
+        result = CliRunner().invoke(main, command)
+        assert "a\\x1b[31mb" in result.output and "\x1b" not in result.output

@@ -19,7 +19,7 @@ import numpy as np
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.hub import resolve
 from dgemma.engine import sampler
-from dgemma.errors import CheckpointError, DgemmaError
+from dgemma.errors import CheckpointError, DgemmaError, visible
 from dgemma.files import Progress
 from dgemma.formats.quantized import Quantized
 from dgemma.formats.stored import Stored
@@ -285,7 +285,7 @@ def memory_needed(checkpoint: Checkpoint, ops: Ops) -> int:
 
 def text(against: dict[str, Any]) -> list[str]:
     """The comparison with another checkpoint, its "model" included, as lines of text."""
-    lines = [f"against {against['model']}"]
+    lines = [f"against {visible(against['model'])}"]
     if "skipped" in against:
         return [*lines, f"  not compared: {against['skipped']}"]
     rows = [["weights", "rel. RMS error", "cosine", "worst", "its error"]]

@@ -13,7 +13,7 @@ from typing import Any
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.folder import has_weights
 from dgemma.checkpoint.hub import resolve
-from dgemma.errors import DgemmaError
+from dgemma.errors import DgemmaError, visible
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
 from dgemma.network.config import FULL, SLIDING, Config, read_config
@@ -181,7 +181,7 @@ def _geometry_text(report: dict[str, Any]) -> list[str]:
     if report["format"]:
         facts["format"] = report["format"]
     width = max(map(len, facts))
-    return [report["model"], *(f"  {name.ljust(width)}  {fact}" for name, fact in facts.items())]
+    return [visible(report["model"]), *(f"  {name.ljust(width)}  {fact}" for name, fact in facts.items())]
 
 
 def _parameters_text(report: dict[str, Any]) -> list[str]:

@@ -226,7 +226,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def _contents_text(report: dict[str, Any]) -> list[str]:
-    head = [report["model"], f"  format   {report['format'] or 'unknown'}"]
+    head = [visible(report["model"]), f"  format   {report['format'] or 'unknown'}"]
     tensors = f"{report['tensors']:,} in {_number(report['files'], 'file')}, {tables.amount(report['bytes'])}"
     head.append(f"  tensors  {tensors}")
     if facts := report["text"]:
