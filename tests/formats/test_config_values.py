@@ -334,7 +334,7 @@ def test_the_tokenizer_says_where_a_reply_ends(tmp_path: Path) -> None:
     ids = {token["content"]: token["id"] for token in found["added_tokens"]}
     ends = tuple(ids[name] for name in ("<turn|>", "<|tool_response>") if name in ids)
     name, own = next(iter(ids.items()))
-    for index, token in enumerate((name, {"content": name}, None, 3, "no such", "\ud800")):
+    for index, token in enumerate((name, {"content": name}, None, "no such")):
         generation, said = without_stop_ids(tmp_path / str(index), lambda folder: named(folder, token))  # noqa: B023
         assert generation.stop_ids == ((own,) if index < 2 else ()) + ends
         assert any("ends a reply" in text for text in said) == (not generation.stop_ids)
