@@ -143,7 +143,7 @@ def test_the_command_prints_a_report_and_json() -> None:
     [
         ("./nope", "no such folder"),
         ("a b", "neither a folder"),
-        ("no-such-org/none", "not in the cache"),
+        ("no-such-org/none", "not wholly in the cache"),
     ],
 )
 def test_bad_models_end_in_one_line(name: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
