@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,18 +44,22 @@ def load(
     *,
     activations: str | None = None,
     notices: Notices | None = None,
+    check: Callable[[Small], None] | None = None,
 ) -> Model:
     """A model ready to run. `model` is a folder or a hub id; None means the embedded one.
 
     `backend` is "mlx", "cuda", "numpy" or "auto", `dtype` "float32" or "bfloat16" (default: bfloat16 on a
     GPU, float32 on a CPU). `device` is the name of a torch device. `activations` "nvfp4" quantizes the inputs
     of NVFP4 experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives
-    messages about the machine and the files; the default is the logger "dgemma". DgemmaError says in one line
+    messages about the machine and the files; the default is the logger "dgemma". `check` is called with the
+    small files before anything large is fetched or read, and may raise. DgemmaError says in one line
     what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused
     before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
     """
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of done and total, not {type(progress).__name__}")
+    if check is not None and not callable(check):
+        raise ConfigError(f"check must be a function of the small files, not {type(check).__name__}")
     if notices is not None and not callable(getattr(notices, "say", None)):
         raise ConfigError(
             f"notices must have a method say, as Notices has; {type(notices).__name__} has none"
@@ -64,6 +68,8 @@ def load(
     given = _model(model)
     folder = resolve(given, files=SMALL_FILES, notices=notices)
     small = open_small(folder)
+    if check:
+        check(small)
     forms = announced_forms(folder, small.config)
     held = _dtype_on_host(backend, dtype, device)
     if held:

@@ -17,13 +17,12 @@ import numpy as np
 from dgemma.engine.events import Event
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
-from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.network.ops import Ops
 from dgemma.network.runner import Context, Runner
 from dgemma.network.weights import Weights
 from dgemma.settings import GenerationConfig, Settings
-from dgemma.text.tokenizer import Tokenizer
+from dgemma.text.tokenizer import Tokenizer, needed
 
 
 class Model(Runner):
@@ -43,9 +42,7 @@ class Model(Runner):
     @property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer; PromptError if it has none."""
-        if self._tokenizer is None:
-            raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
-        return self._tokenizer
+        return needed(self._tokenizer)
 
     def refine(
         self,

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import dgemma
 from dgemma import loading, machine
 from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.cli import main
 from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError
 from dgemma.network import memory
 from dgemma.network.numpy_ops import NumpyOps
@@ -408,3 +410,15 @@ def test_tokens_beyond_the_vocabulary_are_said(tmp_path: Path) -> None:
     assert "tokenizer.json: 3 of its tokens" in text and "480" in text
     write_json(folder / "generation_config.json", {"eos_token_id": 482})
     refused(ConfigError, "eos_token_id 482", model=folder, backend="numpy")
+
+
+def test_a_request_is_checked_before_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that refuses the messages, and a reply beyond the positions, do not wait for gigabytes."""
+    folder = make_checkpoint(tmp_path, small(vocab_size=480), tokenizer=True)
+    monkeypatch.setattr(Checkpoint, "load", lambda *args, **options: pytest.fail("weights are read"))
+    args = ["generate", "--model", str(folder), "--backend", "numpy", "x"]
+    for more in (["--max-tokens", "2000000000"], ["--t-max", "0.01"], ["--continue"]):
+        result = CliRunner().invoke(main, [*args, *more])
+        assert (result.exit_code, result.stdout) == (1, "") and "dgemma: error: " in result.stderr
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no ' ~ messages[0].content) }}")
+    assert "refused these messages: no x" in CliRunner().invoke(main, args).stderr

@@ -121,6 +121,24 @@ def test_bos_is_found_by_its_id(place: str, tmp_path: Path) -> None:
     assert opened(folder).encode_chat(ASK)[0] == 2
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_bos_is_found_where_the_tokenizer_puts_it(nested: bool, tmp_path: Path) -> None:
+    special = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+    step: dict[str, Any] = {
+        "type": "TemplateProcessing",
+        "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+    }
+    step = {"type": "Sequence", "processors": [step]} if nested else step
+    folder = make(
+        tmp_path / "m",
+        config=lambda config: config.pop("bos_token"),
+        tokenizer=lambda data: data.update(post_processor=step),
+    )
+    assert opened(folder).encode_chat(ASK)[:2] == [2, 105]
+
+
 @pytest.mark.parametrize("data", [{}, {"bos_token_id": None}, {"bos_token_id": 10**6}, {"bos_token_id": "2"}])
 def test_a_bos_that_nobody_names_is_refused(data: dict[str, Any], tmp_path: Path) -> None:
     folder = make(tmp_path / "m", config=lambda config: config.pop("bos_token"))

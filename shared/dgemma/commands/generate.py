@@ -22,13 +22,13 @@ from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_conso
 from dgemma.commands.requests import read_request
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.engine.events import Done, Draft, Event, Prefill
+from dgemma.engine.run import check_positions
 from dgemma.errors import ConfigError, PromptError
-from dgemma.files import Progress
-from dgemma.loading import load
+from dgemma.loading import Small, load
 from dgemma.model import Model
-from dgemma.network.ops import Notices
 from dgemma.reports.tables import amount
-from dgemma.settings import GenerationConfig
+from dgemma.settings import GenerationConfig, number
+from dgemma.text.tokenizer import needed
 from dgemma.view.terminal import View, follow, moves_cursor, screen
 
 
@@ -80,24 +80,39 @@ def generate(
     own = settings | {"seed": seed}
     settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
     seed = settings.pop("seed")
+    rows: list[list[int]] = []
+
+    def check(small: Small) -> None:
+        """Everything that can be wrong with a request, before minutes of loading."""
+        try:
+            sampler = small.generation.override(**settings)
+            rows[:] = [
+                needed(small.tokenizer).encode_chat(
+                    conversation,
+                    request.tools,
+                    thinking,
+                    not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    control_tokens=control_tokens,
+                )
+                for conversation in request.conversations
+            ]
+            check_positions(rows, sampler, small.config.max_positions)
+            if seed is not None:
+                number("seed", seed)
+        except (ConfigError, PromptError) as error:
+            raise type(error)(as_typed(str(error))) from None
+
     console = stderr_console()
     with progress_bar(console, "loading weights") as progress:
-        loaded = _load(model, backend, dtype, device, progress, activations, TerminalNotices(console))
-    try:
-        events = loaded.generate(
-            request.conversations,
-            tools=request.tools,
-            thinking=thinking,
-            seed=seed,
-            continue_final_message=continue_final_message,
-            control_tokens=control_tokens,
-            **settings,
-        )
-        sampler = loaded.generation.override(**settings)
-    except (ConfigError, PromptError) as error:
-        raise type(error)(as_typed(str(error))) from None
-    rows = len(request.conversations)
-    replies = _watch(loaded, sampler, events, rows, _is_live(live, as_json, console), console)
+        if model is None:
+            note("dgemma: no --model given, so the embedded model answers; it knows toy tasks only")
+        loaded = load(
+            model, backend, dtype, device, progress,
+            activations=activations, notices=TerminalNotices(console), check=check,
+        )  # fmt: skip
+    events, sampler = loaded.generate(rows, seed=seed, **settings), loaded.generation.override(**settings)
+    replies = _watch(loaded, sampler, events, len(rows), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
             answer_json(_record(reply, loaded, model))
@@ -107,20 +122,6 @@ def generate(
             print_reply(reply)
         if stats:
             note(_stats_block(reply, loaded, len(replies), sampler))
-
-
-def _load(
-    model: str | None,
-    backend: str,
-    dtype: str | None,
-    device: str | None,
-    progress: Progress,
-    activations: str | None,
-    notices: Notices,
-) -> Model:
-    if model is None:
-        note("dgemma: no --model given, so the embedded model answers; it knows toy tasks only")
-    return load(model, backend, dtype, device, progress, activations=activations, notices=notices)
 
 
 def _is_live(live: bool | None, as_json: bool, console: Console) -> bool:

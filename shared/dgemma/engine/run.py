@@ -25,7 +25,7 @@ from dgemma.network.runner import Context, Runner
 from dgemma.settings import GenerationConfig, number, shown
 from dgemma.text.messages import is_conversation
 from dgemma.text.reply import Reply, ReplyParser, joined
-from dgemma.text.tokenizer import Tokenizer
+from dgemma.text.tokenizer import Tokenizer, needed
 
 
 @dataclass
@@ -81,9 +81,7 @@ def generate(
     """
 
     def encode(messages: Any) -> list[int]:
-        if tokenizer is None:
-            raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
-        return tokenizer.encode_chat(
+        return needed(tokenizer).encode_chat(
             messages,
             tools,
             thinking,
@@ -101,13 +99,18 @@ def generate(
         _Row(index, id, tokens, ReplyParser(tokenizer.raw, config.stop_ids) if tokenizer else None)
         for index, (id, tokens) in enumerate(zip(ids, prompts, strict=True))
     ]
-    longest = max(len(p) for p in prompts) + config.max_new_tokens
-    if longest > runner.config.max_positions:
-        raise PromptError(
-            f"prompt and max_new_tokens need {longest} positions, the model has "
-            f"{runner.config.max_positions}; shorten the prompt or lower max_new_tokens"
-        )
+    check_positions(prompts, config, runner.config.max_positions)
     return _Run(runner, config, rows, seed).events()
+
+
+def check_positions(prompts: Sequence[Sequence[int]], config: GenerationConfig, most: int) -> None:
+    """PromptError if a prompt and its reply may need more than `most` positions, which the model has."""
+    longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
+    if longest > most:
+        raise PromptError(
+            f"prompt and max_new_tokens need {longest} positions, the model has {most}; shorten the prompt "
+            "or lower max_new_tokens"
+        )
 
 
 def _row_ids(ids: Sequence[int]) -> list[int]:

@@ -159,7 +159,12 @@ def _beside(folder: Path, config: Mapping[str, Any]) -> list[Token]:
 
 
 def _bos(folder: Path, raw: tokenizers.Tokenizer) -> str | None:
-    """BOS where no file names it: by its id in config.json or generation_config.json."""
+    """BOS where no file names it: what tokenizer.json puts before a text, or by its id in a configuration."""
+    if raw.post_processor is not None:
+        for step in _steps(json.loads(raw.post_processor.__getstate__())):
+            first = (step.get("single") or [{}])[0].get("SpecialToken")
+            if first and raw.token_to_id(first["id"]) is not None:
+                return str(first["id"])
     for name in ("config.json", "generation_config.json"):
         data = _optional(folder / name)
         text = data.get("text_config")
@@ -168,6 +173,15 @@ def _bos(folder: Path, raw: tokenizers.Tokenizer) -> str | None:
             if type(id) is int and 0 <= id < 2**31 and (token := raw.id_to_token(id)):
                 return token
     return None
+
+
+def _steps(processor: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """The steps of a post-processor, which the library has checked."""
+    if processor["type"] != "Sequence":
+        yield processor
+        return
+    for inner in processor["processors"]:
+        yield from _steps(inner)
 
 
 # ---- templates ----------------------------------------------------------------------------------

@@ -17,6 +17,13 @@ from dgemma.text.reply import Reply, ReplyParser, joined
 from dgemma.text.template import ChatTemplates, Prompt, pattern
 
 
+def needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of a checkpoint; PromptError if it has none."""
+    if tokenizer is None:
+        raise PromptError("this checkpoint has no tokenizer.json: only token ids can be given")
+    return tokenizer
+
+
 class Tokenizer:
     """tokenizer.json with the tokens and the chat templates that stand beside it.
 
