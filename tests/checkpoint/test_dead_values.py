@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.checkpoint import values
+from dgemma.checkpoint import samples, values
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.safetensors import Entry, read_header
 from dgemma.errors import CheckpointError
@@ -335,19 +335,19 @@ def test_a_load_reads_a_few_kilobytes_more(tmp_path: Path, monkeypatch: pytest.M
     """Sound tensors are not read in full a second time."""
     full: list[str] = []
 
-    def examine(subject: Any, inner: Callable[[Any], Any] = values.examine) -> Any:
+    def examine(subject: Any, inner: Callable[[Any], Any] = samples.examine) -> Any:
         full.append(subject.entry.name)
         return inner(subject)
 
     sampled: list[int] = []
 
-    def sample(*args: Any, inner: Callable[..., np.ndarray] = values._sample) -> np.ndarray:
+    def sample(*args: Any, inner: Callable[..., np.ndarray] = samples._sample) -> np.ndarray:
         found = inner(*args)
         sampled.append(found.nbytes)
         return found
 
-    monkeypatch.setattr(values, "examine", examine)
-    monkeypatch.setattr(values, "_sample", sample)
+    monkeypatch.setattr(samples, "examine", examine)
+    monkeypatch.setattr(samples, "_sample", sample)
     assert loaded(make_checkpoint(tmp_path)) == []
     assert not full and max(sampled) <= 17 * 16 * 2
     name = f"{LAYER}.experts.3.gate_proj.weight"

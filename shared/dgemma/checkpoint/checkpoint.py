@@ -25,7 +25,7 @@ from dgemma.checkpoint.layouts import detect
 from dgemma.checkpoint.layouts.base import Layout, Source
 from dgemma.checkpoint.records import make_record
 from dgemma.checkpoint.safetensors import Entry
-from dgemma.checkpoint.values import check_samples
+from dgemma.checkpoint.samples import check_samples
 from dgemma.errors import CheckpointError
 from dgemma.files import Progress, exists, load_json
 from dgemma.formats.quantized import Quantized

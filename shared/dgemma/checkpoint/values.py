@@ -2,7 +2,7 @@
 
 Nothing is decoded: bit patterns are tested, in chunks, so that memory does not grow with a tensor.
 `dgemma verify` looks at every value (`examine`). A load looks at a few places of each tensor, and examines
-only where those look wrong (`check_samples`). So whatever a load refuses here, verify finds.
+only where those look wrong (`samples.check_samples`). So whatever a load refuses here, verify finds.
 
 Zeros in a row are what a hole in a file leaves: a download that reserved its place, or lost a part. They are
 a flaw from an eighth of a tensor or 64 KiB on. Not so in a bias, which training may begin with zero, nor in a
@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -34,7 +31,7 @@ from dgemma.network.spec import is_skipped
 
 CHUNK = 1 << 22  # values looked at at once
 HOLE = 1 << 16  # bytes of zeros in a row that no weights have
-PLACES, GROUP = 17, 16  # of a sample: an eighth of a tensor always holds one whole group
+GROUP = 16  # words that are looked at together
 
 
 @dataclass(frozen=True)
@@ -292,64 +289,3 @@ def chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.ndar
                 yield start, values
     except OSError as error:
         raise CheckpointError(f"{entry.file}: cannot be read ({reason(error)})") from None
-
-
-# ---- a few values -------------------------------------------------------------------------------
-
-
-def check_samples(source: Source, entries: Mapping[str, Entry]) -> list[str]:
-    """Look at a few places of each tensor of a parameter, and at all of one that looks wrong.
-
-    CheckpointError for a tensor with values that are not finite, or with zeros instead of values. The result
-    are sentences on zeros that may be meant. It reads a few kilobytes, at best where a load has just been.
-    """
-    odd = []
-    with ExitStack() as opened:
-        streams: dict[Path, BinaryIO] = {}
-        for own in subjects(source, entries):
-            if not own.kinds or not own.size or not _looks_wrong(own, _sample(own, streams, opened)):
-                continue
-            for flaw in examine(own):
-                if flaw.grave:
-                    raise CheckpointError(
-                        f"{own.entry.file}: damaged: {flaw.text}; `dgemma verify` lists everything; "
-                        "download the file again"
-                    )
-                if flaw.kind == "dead":
-                    odd.append(
-                        f"{flaw.text}: a lost part of the file, unless it is meant; see `dgemma verify`"
-                    )
-    return odd
-
-
-def _sample(subject: Subject, streams: dict[Path, BinaryIO], opened: ExitStack) -> np.ndarray:
-    """All words [1, n] of a small tensor, else groups [PLACES, GROUP] at even distances from end to end."""
-    entry, word = subject.entry, np.dtype(subject.bits.word)
-    whole = subject.size <= GROUP * PLACES
-    length = subject.size if whole else GROUP
-    last = subject.size - length
-    places = [0] if whole else [last * i // (PLACES - 1) for i in range(PLACES)]
-    try:
-        if entry.file not in streams:
-            streams[entry.file] = opened.enter_context(entry.file.open("rb", buffering=0))
-        stream, parts = streams[entry.file], []
-        for place in places:
-            stream.seek(entry.offset + place * word.itemsize)
-            parts.append(stream.read(length * word.itemsize))
-    except OSError as error:
-        raise CheckpointError(f"{entry.file}: cannot be read ({reason(error)})") from None
-    data = b"".join(parts)
-    if len(data) < len(places) * length * word.itemsize:
-        raise CheckpointError(f"{entry.file}: tensor {entry.name!r} cannot be read: the file became shorter")
-    return np.frombuffer(data, word).reshape(len(places), length)
-
-
-def _looks_wrong(subject: Subject, groups: np.ndarray) -> bool:
-    """Whether sampled words [k, n] hold one that is not finite, or a group of nothing but zeros."""
-    bits, number = subject.bits, groups.dtype.type
-    if "non-finite" in subject.kinds and ((groups & number(bits.special)) == bits.special).any():
-        return True
-    if not {"zero", "dead"} & set(subject.kinds):
-        return False
-    zeros = np.count_nonzero((groups & ~number(bits.sign)) == 0, axis=-1)
-    return bool((zeros >= min(GROUP, groups.shape[-1])).any())
