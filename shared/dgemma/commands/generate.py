@@ -28,7 +28,7 @@ from dgemma.loading import Small, load
 from dgemma.model import Model
 from dgemma.reports.tables import amount
 from dgemma.settings import GenerationConfig, number
-from dgemma.text.tokenizer import needed
+from dgemma.text.tokenizer import Tokenizer, needed
 from dgemma.view.terminal import View, follow, moves_cursor, screen
 
 
@@ -80,24 +80,25 @@ def generate(
     own = settings | {"seed": seed}
     settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
     seed = settings.pop("seed")
-    rows: list[list[int]] = []
+
+    def encoded(tokenizer: Tokenizer) -> list[list[int]]:
+        return [
+            tokenizer.encode_chat(
+                conversation,
+                request.tools,
+                thinking,
+                not continue_final_message,
+                continue_final_message=continue_final_message,
+                control_tokens=control_tokens,
+            )
+            for conversation in request.conversations
+        ]
 
     def check(small: Small) -> None:
         """Everything that can be wrong with a request, before minutes of loading."""
         try:
             sampler = small.generation.override(**settings)
-            rows[:] = [
-                needed(small.tokenizer).encode_chat(
-                    conversation,
-                    request.tools,
-                    thinking,
-                    not continue_final_message,
-                    continue_final_message=continue_final_message,
-                    control_tokens=control_tokens,
-                )
-                for conversation in request.conversations
-            ]
-            check_positions(rows, sampler, small.config.max_positions)
+            check_positions(encoded(needed(small.tokenizer)), sampler, small.config.max_positions)
             if seed is not None:
                 number("seed", seed)
         except (ConfigError, PromptError) as error:
@@ -111,7 +112,8 @@ def generate(
             model, backend, dtype, device, progress,
             activations=activations, notices=TerminalNotices(console), check=check,
         )  # fmt: skip
-    events, sampler = loaded.generate(rows, seed=seed, **settings), loaded.generation.override(**settings)
+    rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
+    events = loaded.generate(rows, seed=seed, **settings)
     replies = _watch(loaded, sampler, events, len(rows), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
