@@ -14,4 +14,4 @@ def test_three_hundred_mutations() -> None:
     results = list(run(300, seed=12))
     assert [result for result in results if result["outcome"] == "fault"] == []
     outcomes = Counter(result["outcome"] for result in results)
-    assert outcomes["answer"] > 50 and outcomes["refusal"] > 100  # both are tried
+    assert outcomes["answer"] > 30 and outcomes["refusal"] > 100  # both are tried
