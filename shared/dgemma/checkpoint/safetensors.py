@@ -76,7 +76,7 @@ class Entry:
         while the map is in use, the system ends the process (SIGBUS), which Python cannot catch.
         """
         kind = np.dtype(DTYPES[self.dtype])
-        _size(self.file)
+        check_file(self.file)
         try:
             # The operating system refuses a map of no bytes.
             data = (
@@ -89,9 +89,10 @@ class Entry:
         return Stored(self.name, self.dtype, self.shape, np.asarray(data), self.file)
 
 
-def _size(file: Path) -> int:
+def check_file(file: Path) -> None:
+    """CheckpointError unless this is a regular file: whoever opens a pipe waits for ever."""
     try:
-        return file_size(file)
+        file_size(file)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -112,7 +113,7 @@ def read_header(file: Path) -> list[Entry]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The header, the start of the data, and the file's size."""
-    _size(file)
+    check_file(file)
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

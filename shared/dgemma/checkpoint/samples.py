@@ -10,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from dgemma.checkpoint.layouts.base import Source
-from dgemma.checkpoint.safetensors import Entry
+from dgemma.checkpoint.safetensors import Entry, check_file
 from dgemma.checkpoint.values import GROUP, Subject, examine, subjects
 from dgemma.errors import CheckpointError
 from dgemma.files import reason
@@ -52,6 +52,7 @@ def _sample(subject: Subject, streams: dict[Path, BinaryIO], opened: ExitStack) 
     places = [0] if whole else [last * i // (PLACES - 1) for i in range(PLACES)]
     try:
         if entry.file not in streams:
+            check_file(entry.file)
             streams[entry.file] = opened.enter_context(entry.file.open("rb", buffering=0))
         stream, parts = streams[entry.file], []
         for place in places:

@@ -23,7 +23,7 @@ from math import prod
 import numpy as np
 
 from dgemma.checkpoint.layouts.base import Piece, Source
-from dgemma.checkpoint.safetensors import DTYPES, Entry
+from dgemma.checkpoint.safetensors import DTYPES, Entry, check_file
 from dgemma.errors import CheckpointError
 from dgemma.files import reason
 from dgemma.formats.quantized import Form
@@ -277,6 +277,7 @@ def chunks(entry: Entry, kind: str | None = None) -> Iterator[tuple[int, np.ndar
     """
     dtype = np.dtype(kind or DTYPES[entry.dtype])
     total = entry.nbytes // dtype.itemsize
+    check_file(entry.file)
     try:
         with entry.file.open("rb") as stream:
             stream.seek(entry.offset)
