@@ -378,7 +378,10 @@ def test_progress_bars_can_be_switched_off(hub: FakeHub, monkeypatch: pytest.Mon
     assert are_progress_bars_disabled() == before
 
 
+# A shell that starts something in the background has it ignore Ctrl-C, and so all that it starts.
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dgemma.checkpoint.hub import resolve
 try:
     resolve("org/name")

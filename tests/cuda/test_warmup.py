@@ -83,8 +83,8 @@ def test_a_slow_recording_is_shown_on_a_terminal(
         time.sleep(seconds)
         return record_here(run)
 
-    def load(*args: Any) -> Model:
-        checkpoint, ops = Checkpoint.open(MODEL_DIR), SlowOps(notices=args[-1])
+    def load(*args: Any, notices: Notices, **options: Any) -> Model:
+        checkpoint, ops = Checkpoint.open(MODEL_DIR), SlowOps(notices=notices)
         weights, tokenizer = checkpoint.load(ops), Tokenizer.open(MODEL_DIR)
         return Model(ops, checkpoint.config, checkpoint.generation, weights, tokenizer)
 
@@ -94,7 +94,7 @@ def test_a_slow_recording_is_shown_on_a_terminal(
     monkeypatch.setattr(progress, "AGAIN", 0.02)
     monkeypatch.setattr(compiling, "made", 7)
     monkeypatch.setattr(generate, "stderr_console", lambda: console)
-    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(generate, "load", load)
     with pytest.raises(SystemExit):
         main(["generate", "--prompt", 'Reverse "canvas".', "--seed", "1", "--steps", "3", live])
     shown = console.file.getvalue()  # type: ignore[attr-defined]
