@@ -127,7 +127,7 @@ def _works_by_token(raw: tokenizers.Tokenizer) -> bool:
     if raw.decoder is None:
         return True  # tokens with a blank between them
     fused = False
-    for step in _steps(json.loads(raw.decoder.__getstate__())):
+    for step in steps(json.loads(raw.decoder.__getstate__()), "decoders"):
         kind = step["type"]
         if kind == "Strip":
             if fused and step["stop"]:
@@ -140,9 +140,10 @@ def _works_by_token(raw: tokenizers.Tokenizer) -> bool:
     return True
 
 
-def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if decoder["type"] != "Sequence":
-        yield decoder
+def steps(node: dict[str, Any], inner: str) -> Iterator[dict[str, Any]]:
+    """The steps of a part of a tokenizer, as the library writes it; a sequence has them under `inner`."""
+    if node["type"] != "Sequence":
+        yield node
         return
-    for inner in decoder["decoders"]:
-        yield from _steps(inner)
+    for one in node[inner]:
+        yield from steps(one, inner)

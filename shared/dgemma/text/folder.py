@@ -16,6 +16,7 @@ import tokenizers
 
 from dgemma.errors import CheckpointError
 from dgemma.files import exists, is_folder, load_json, names, read_text
+from dgemma.text.decoding import steps
 from dgemma.text.template import ChatTemplate
 
 TOKENIZER_BYTES = 1 << 29  # of tokenizer.json; the released one has 32 MB
@@ -161,7 +162,7 @@ def _beside(folder: Path, config: Mapping[str, Any]) -> list[Token]:
 def _bos(folder: Path, raw: tokenizers.Tokenizer) -> str | None:
     """BOS where no file names it: what tokenizer.json puts before a text, or by its id in a configuration."""
     if raw.post_processor is not None:
-        for step in _steps(json.loads(raw.post_processor.__getstate__())):
+        for step in steps(json.loads(raw.post_processor.__getstate__()), "processors"):
             first = (step.get("single") or [{}])[0].get("SpecialToken")
             if first and raw.token_to_id(first["id"]) is not None:
                 return str(first["id"])
@@ -173,15 +174,6 @@ def _bos(folder: Path, raw: tokenizers.Tokenizer) -> str | None:
             if type(id) is int and 0 <= id < 2**31 and (token := raw.id_to_token(id)):
                 return token
     return None
-
-
-def _steps(processor: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The steps of a post-processor, which the library has checked."""
-    if processor["type"] != "Sequence":
-        yield processor
-        return
-    for inner in processor["processors"]:
-        yield from _steps(inner)
 
 
 # ---- templates ----------------------------------------------------------------------------------
