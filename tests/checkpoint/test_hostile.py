@@ -20,20 +20,11 @@ from dgemma.checkpoint.safetensors import MAX_TENSORS, read_header
 from dgemma.errors import CheckpointError, DgemmaError, visible
 from dgemma.files import exists, file_size, is_folder, load_json, names, quoted, read_text
 from dgemma.network.numpy_ops import NumpyOps
+from tests.checkpoint.refusal import refused
 from tests.checkpoints import make_checkpoint, minute, write_json, write_raw
 
 SHARD = "model-00002-of-00002.safetensors"
 FILES = ["config.json", "generation_config.json", INDEX, SHARD]
-
-
-def refused(call: Callable[[], Any], *parts: str) -> str:
-    with pytest.raises(DgemmaError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 2000
-    for part in parts:
-        assert part in message, message
-    return message
 
 
 def opened(folder: Path) -> Callable[[], Any]:
