@@ -1,8 +1,8 @@
 """A loaded model: the network, its tokenizer, and the few calls that everything else uses.
 
 model = dgemma.load()                               # the embedded model
-context = model.encode([[2, 105, ...]])             # ragged lists of token ids
-logits = model.logits(context, canvas)              # [B, L, V] float32 NumPy
+contexts = model.encode([[2, 105, ...]])            # lists of token ids -> a context a row
+logits = model.logits(contexts, canvas)             # [B, L, V] float32 NumPy
 
 B rows  L canvas positions  V vocabulary  D hidden
 """
@@ -19,7 +19,8 @@ from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
 from dgemma.network.config import Config
 from dgemma.network.ops import Ops
-from dgemma.network.runner import Context, Runner
+from dgemma.network.context import Context
+from dgemma.network.runner import Runner
 from dgemma.network.weights import Weights
 from dgemma.settings import GenerationConfig, Settings
 from dgemma.text.tokenizer import Tokenizer, needed
@@ -46,7 +47,7 @@ class Model(Runner):
 
     def refine(
         self,
-        context: Context,
+        contexts: Sequence[Context],
         canvas: Any,
         soft: Any,
         temperature: float | np.ndarray,
@@ -60,7 +61,7 @@ class Model(Runner):
         Positions outside the entropy bound (default: the checkpoint's) are refilled from `noise` [B, L], even
         if an earlier step accepted them. `noise` is int64; the other arguments are those of `see`.
         """
-        seen = self.see(context, canvas, soft, temperature, uniforms, soft_bound)
+        seen = self.see(contexts, canvas, soft, temperature, uniforms, soft_bound)
         return refined(seen, noise, self.generation.entropy_bound if entropy_bound is None else entropy_bound)
 
     def generate(

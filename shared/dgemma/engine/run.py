@@ -21,7 +21,8 @@ from dgemma.engine import sampler
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.sampler import Step
 from dgemma.errors import ConfigError, PromptError
-from dgemma.network.runner import Context, Runner
+from dgemma.network.context import Context
+from dgemma.network.runner import Runner
 from dgemma.settings import GenerationConfig, number, shown
 from dgemma.text.messages import is_conversation
 from dgemma.text.reply import Reply, ReplyParser, joined

@@ -13,12 +13,12 @@ Each file has one kind and builds on the one before:
     vocabulary  embeddings, logits, samples, soft embeddings
 """
 
-from dgemma.network.ops.arrays import KV, Array
+from dgemma.network.ops.arrays import KV, Array, Past
 from dgemma.network.ops.layers import Mask
 from dgemma.network.ops.runtime import Notices
 from dgemma.network.ops.vocabulary import Prediction, Vocabulary
 
-__all__ = ["KV", "Array", "Mask", "Notices", "Ops", "Prediction"]
+__all__ = ["KV", "Array", "Mask", "Notices", "Ops", "Past", "Prediction"]
 
 
 class Ops(Vocabulary):

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
-KV = tuple[Array, Array]  # keys after norm and RoPE, and values: [B, G, slots, C] each
+KV = tuple[Array, Array]  # keys after norm and RoPE, and values: [G, tokens, C] each
+Past = Sequence[KV]  # of one row in one layer: pieces, one behind the other
 
 
 class Arrays:

@@ -3,30 +3,30 @@
 A backend overrides a method only if a measurement says it is faster, and a test compares the override with
 this body on NumPy float64. Composites that no backend overrides are plain functions.
 
-    B rows (sequences)  L queries  S keys  D hidden  H heads  G KV heads  C head size
-    N tokens (B·L)  F dense MLP  E experts  K picks a token  M expert size
+    N tokens of all rows (sequences)  L queries of one row  S keys  D hidden  H heads  G KV heads
+    C head size  F dense MLP  E experts  K picks a token  M expert size
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from dgemma.network.ops.arrays import KV, Array
+from dgemma.network.ops.arrays import KV, Array, Past
 from dgemma.network.ops.decoding import Decoding
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What queries, the last L of S slots, may see.
+    """What queries, the last L of S tokens, may see.
 
-    `pad` [B] int: slots before it hold no token; None if every slot holds one. `causal`: nothing after the
-    query itself. `window`: only the last so many slots, the query's own included. It holds for causal
-    attention only; the cache cuts the keys of a canvas.
+    `causal`: nothing after the query itself. `window`: only the last so many tokens, the query's own
+    included. It holds for causal attention only; the context cuts the keys of a canvas.
     """
 
-    pad: Array | None = None
     causal: bool = False
     window: int | None = None
 
@@ -99,44 +99,56 @@ class Layers(Decoding):
     def heads(
         self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
     ) -> tuple[Array, Array, Array]:
-        """q [B, H, L, C] and k, v [B, G, L, C] of x [B, L, D]: all three normed, q and k rotated."""
+        """q [H, N, C] and k, v [G, N, C] of x [N, D]: all three normed, q and k rotated."""
         q, k, v = self.project(x, w, bias)
         C = w.q_norm.shape[0]
         q, k = as_heads(self, q, C, w.q_norm, eps, rotary), as_heads(self, k, C, w.k_norm, eps, rotary)
         return q, k, as_heads(self, v, C, None, eps, None)
 
     def keys_values(self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any) -> KV:
-        """k and v [B, G, L, C] of `heads`, for layers whose q nothing reads."""
+        """k and v [G, N, C] of `heads`, for layers whose q nothing reads."""
         return self.heads(x, w, bias, eps, rotary)[1:]
 
     def project(self, x: Array, w: AttentionWeights, bias: BiasWeights) -> tuple[Array, Array, Array]:
-        """The three products q [B, L, H·C] and k, v [B, L, G·C] of x [B, L, D]."""
+        """The three products q [N, H·C] and k, v [N, G·C] of x [N, D]."""
         q, k = self.linear(x, w.q, bias.q), self.linear(x, w.k, bias.k)
         # V of full layers is k_proj's output *before* k_norm and RoPE.
         return q, k, k if w.v is None else self.linear(x, w.v, bias.v)
 
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
-        """softmax(q kᵀ) v with q [B, H, L, C], k and v [B, G, S, C], softmax wide -> [B, H, L, C].
+        """softmax(q kᵀ) v with q [H, L, C], k and v [G, S, C], softmax wide -> [H, L, C].
 
         Scores are not scaled by 1/√C (model.md).
         """
-        B, H, L, C = q.shape
-        G, S = k.shape[1], k.shape[2]
+        H, L, C = q.shape
+        G, S, _ = k.shape
         # Query heads that share a KV head become rows, so K and V are never repeated.
-        rows = self.to_wide(q).reshape(B, G, H // G * L, C)
-        scores = (rows @ self.transpose(self.to_wide(k), 0, 1, 3, 2)).reshape(B, H, L, S)
+        rows = self.to_wide(q).reshape(G, H // G * L, C)
+        scores = (rows @ self.transpose(self.to_wide(k), 0, 2, 1)).reshape(H, L, S)
         seen = visible(self, L, S, mask)
-        if seen is not None:  # not −inf, whose difference with itself is NaN
+        if seen is not None:
             scores = self.where(seen, scores, -1e30)
-        p = self.softmax(scores, -1).reshape(B, G, H // G * L, S)
-        return self.like((p @ self.to_wide(v)).reshape(B, H, L, C), q)
+        p = self.softmax(scores, -1).reshape(G, H // G * L, S)
+        return self.like((p @ self.to_wide(v)).reshape(H, L, C), q)
 
-    def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-        """Attention of q [B, H, L, C] over `past` [B, G, S − L, C], then `own` [B, G, L, C] -> like q."""
-        k, v = own
-        if past is not None:
-            k, v = self.concat([past[0], k], 2), self.concat([past[1], v], 2)
-        return self.attention(q, k, v, mask)
+    def attend_row(self, q: Array, own: KV, past: Past, mask: Mask) -> Array:
+        """Attention of one row's q [H, L, C] over its `past`, then its `own` [G, L, C] -> [H, L, C]."""
+        k, v = zip(*past, own, strict=True)
+        if past:
+            return self.attention(q, self.concat(k, 1), self.concat(v, 1), mask)
+        return self.attention(q, *own, mask)
+
+    def attend(self, q: Array, own: KV, past: Any, lengths: Sequence[int], mask: Mask) -> Array:
+        """Attention of q [H, N, C] over past and `own` [G, N, C], row by row -> [H, N, C].
+
+        Rows of so many tokens lie one behind the other. None sees another. `past` has the pieces of each row,
+        as `pasts` leaves them.
+        """
+        parts = []
+        for stop, n, pieces in zip(accumulate(lengths), lengths, past, strict=True):
+            at = slice(stop - n, stop)
+            parts.append(self.attend_row(q[:, at], (own[0][:, at], own[1][:, at]), pieces, mask))
+        return parts[0] if len(parts) == 1 else self.concat(parts, 1)
 
     def router(self, r: Array, proj: Array, expert_scale: Array, k: int) -> tuple[Array, Array]:
         """Weights [N, K] wide and expert ids [N, K] for r [N, D] wide, the router's norm of `open_branches`.
@@ -172,18 +184,17 @@ def geglu(ops: Layers, gate: Array, up: Array) -> Array:
     return ops.gelu(gate) * up
 
 
-def rotary(ops: Layers, offset: Array, length: int, frequencies: Array) -> Any:
-    """The input of `rope` for L = `length` positions from offset [B] on: cos and sin [B, 1, L, C/2], wide.
+def rotary(ops: Layers, positions: Array, frequencies: Array) -> Any:
+    """The input of `rope` for positions [N]: cos and sin [N, C/2], wide.
 
     Angles are wide: bfloat16 has 8 bits, and positions need 18.
     """
-    positions = ops.to_wide(offset)[:, None] + ops.to_wide(ops.arange(length))[None, :]
-    angles = positions[:, None, :, None] * frequencies
+    angles = ops.to_wide(positions)[:, None] * frequencies
     return ops.cos(angles), ops.sin(angles)
 
 
 def rope(ops: Layers, x: Array, rotary: Any) -> Array:
-    """Rotate the pairs (i, i + C/2) of x [B, heads, L, C]; computed wide, in x's type."""
+    """Rotate the pairs (i, i + C/2) of x [heads, N, C]; computed wide, in x's type."""
     cos, sin = rotary
     half = x.shape[-1] // 2
     y = ops.to_wide(x)
@@ -192,29 +203,23 @@ def rope(ops: Layers, x: Array, rotary: Any) -> Array:
 
 
 def as_heads(ops: Layers, y: Array, size: int, weight: Array | None, eps: float, rotary: Any) -> Array:
-    """A projection y [B, L, H·C] as heads [B, H, L, C] of `size` C, normed with weight [C] or none.
+    """A projection y [N, H·C] as heads [H, N, C] of `size` C, normed with weight [C] or none.
 
     They are rotated unless `rotary` is None. The norm comes before the rotation.
     """
-    x = ops.transpose(y.reshape(*y.shape[:2], -1, size), 0, 2, 1, 3)
+    x = ops.transpose(y.reshape(y.shape[0], -1, size), 1, 0, 2)
     x = ops.rms_norm(x, weight, eps)
     return x if rotary is None else rope(ops, x, rotary)
 
 
 def visible(ops: Layers, L: int, S: int, mask: Mask) -> Array | None:
-    """Which keys a query may see, [B or 1, 1, L, S] bool, or None for all.
-
-    Queries are the last L of the S slots. A padding query sees itself, so no row of scores is empty.
-    """
-    seen = None
-    key = ops.arange(S)[None, None, None, :]
-    query = ops.arange(L)[None, None, :, None] + (S - L)
-    if mask.pad is not None:
-        seen = (key >= mask.pad[:, None, None, None]) | (key == query)
-    if mask.causal:
-        seen = key <= query if seen is None else seen & (key <= query)
-        if mask.window is not None and mask.window < S:
-            seen = seen & (key > query - mask.window)  # the window counts the query itself
+    """Which of S keys the last L tokens, the queries, may see: [L, S] bool, or None for all."""
+    if not mask.causal:
+        return None
+    key, query = ops.arange(S)[None, :], ops.arange(L)[:, None] + (S - L)
+    seen = key <= query
+    if mask.window is not None and mask.window < S:
+        seen = seen & (key > query - mask.window)  # the window counts the query itself
     return seen
 
 

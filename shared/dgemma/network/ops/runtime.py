@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from dgemma import machine
-from dgemma.network.ops.arrays import Array, Arrays
+from dgemma.network.ops.arrays import Array, Arrays, Past
 
 
 def process_peak() -> int:
@@ -48,8 +48,8 @@ class Runtime(Arrays):
     """Memory, compiling and evaluation. The bodies fit arrays in host memory."""
 
     activations: str | None = None  # the format that activations of experts are quantized to, if any
-    # Makes caches in place of the plain `Cache`; called with the backend and the configuration.
-    cache_type: Callable[..., Any] | None = None
+    # Tokens of a piece of a context at most (`Context`).
+    piece_slots = 1 << 30
 
     def __init__(self, notices: Notices | None = None):
         self.notices = notices or Notices()
@@ -76,6 +76,13 @@ class Runtime(Arrays):
     def total_memory(self) -> int | None:
         """Bytes that weights could take with nothing else there; None if unknown."""
         return machine.total_memory()
+
+    def pasts(self, layers: Sequence[Sequence[Past]], lengths: Sequence[int]) -> Any:
+        """The past as `attend` takes it, by layer, for rows of so many new tokens.
+
+        `layers` has the pieces of each row in each layer.
+        """
+        return layers
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """A pure function of arrays, traced and compiled if the backend can.
