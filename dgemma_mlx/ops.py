@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import Quantized
-from dgemma.network.ops import KV, Array, Mask, Notices, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Prediction
 from dgemma.network.ops.layers import geglu, visible
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights
 
@@ -77,9 +77,10 @@ class MlxOps(MlxArrays):
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None:
-            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
+        if softcap is None or bias is not None:
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
         if not soft_bound:
             return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)
