@@ -269,8 +269,7 @@ class Runner:
         if not isinstance(soft, list | tuple):
             soft = [None] * B if soft is None else [soft]
         shape = L, self.config.hidden_size
-        silent = None if all(row is not None for row in soft) else self._silence(shape)
-        rows = [silent if row is None else self._on_device(row) for row in soft]
+        rows = [self._silence(shape) if row is None else self._on_device(row) for row in soft]
         if len(rows) == 1:
             return rows[0].reshape(-1, *shape)
         return self.ops.concat([row[None] for row in rows], 0)
