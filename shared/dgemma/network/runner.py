@@ -20,7 +20,7 @@ from dgemma.network import graph
 from dgemma.network.config import Config
 from dgemma.network.context import Context, cut
 from dgemma.network.ops import KV, Array, Bias, Ops, Prediction
-from dgemma.network.ops.vocabulary import logits
+from dgemma.network.ops.vocabulary import log_probabilities, logits
 from dgemma.network.weights import Weights
 
 # Canvas ids [B, L], positions [B·L], past, soft [B, L, D].
@@ -157,6 +157,21 @@ class Runner:
 
         z = self._variant(run, "logits")(*self._inputs(contexts, canvas, soft))
         return self.ops.to_numpy(z).astype(np.float32).reshape(*np.shape(canvas), -1)
+
+    def score(self, contexts: Sequence[Context], canvas: Any) -> np.ndarray:
+        """The log-probability [B, L] in nats of each token of canvas [B, L], before temperature.
+
+        The canvas is seen as it stands, without self-conditioning; `contexts` are as in `see`.
+        """
+
+        def run(*given: Any) -> tuple[Array]:
+            return (self._denoise(*given),)
+
+        inputs = self._inputs(contexts, canvas, None)
+        (h,) = self._variant(run, "denoise")(*inputs)
+        ids = inputs[0].reshape(-1)
+        own = log_probabilities(self.ops, h, self.weights.embed, self.config.softcap, ids)
+        return self.ops.to_numpy(own).reshape(np.shape(canvas))
 
     def _denoise(self, canvas: Array, positions: Array, past: Any, soft: Array) -> Array:
         """A denoising pass of arrays only -> normed hidden states [B·L, D]."""

@@ -36,6 +36,14 @@ class Decoder:
         # Only a first token is decoded in a way of its own, and here the anchor is the first.
         return self.text([self._anchor, *ids])[self._anchor_size :] if ids else ""
 
+    def texts_inside(self, ids: Sequence[int]) -> list[str]:
+        """`text_inside` of each id alone; thousands are decoded together."""
+        before = [] if self._anchor is None else [self._anchor]
+        known = self.known(ids)
+        texts = self._raw.decode_batch([[*before, id] for id in known], skip_special_tokens=False)
+        found = dict(zip(known, texts, strict=True))
+        return [found.get(id, "")[self._anchor_size :] for id in ids]
+
     def known(self, ids: Sequence[int]) -> list[int]:
         """The ids that the vocabulary has. A decoder passes over others, and they keep nothing apart."""
         return [id for id in ids if self._raw.id_to_token(id) is not None]

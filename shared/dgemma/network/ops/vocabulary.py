@@ -160,6 +160,36 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
     return z if softcap is None else soft_cap(ops, z, softcap)
 
 
+def log_probabilities(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> Array:
+    """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D]; table [V, D].
+
+    One tile of logits exists at a time, of `vocab_rows` positions.
+    """
+    parts: list[Array] = []
+    for start in range(0, h.shape[0], ops.vocab_rows):
+        rows = slice(start, start + ops.vocab_rows)
+        x = ops.after(h[rows], parts[-1]) if parts else h[rows]
+        parts.append(_log_probabilities(ops, x, table, softcap, ids[rows]))
+    return ops.concat(parts, 0)
+
+
+def _log_probabilities(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> Array:
+    top = mass = own = None
+    for a in range(0, table.shape[0], ops.vocab_tile):
+        x = h if own is None else ops.after(h, own, mass)
+        z = logits(ops, x, table[a : a + ops.vocab_tile], softcap)
+        here, peak = ids - a, ops.max(z, -1, keepdims=True)
+        inside = (here >= 0) & (here < z.shape[-1])
+        found = ops.take_along(z, ops.where(inside, here, 0)[:, None], -1)[:, 0]
+        found = ops.where(inside, found, 0.0)
+        best = peak if top is None else ops.maximum(top, peak)
+        sums = ops.sum(ops.exp(z - best), -1, keepdims=True)
+        mass = sums if mass is None else mass * ops.exp(top - best) + sums
+        own = found if own is None else own + found
+        top = best
+    return own - (top + ops.log(mass))[:, 0]
+
+
 def _added(ops: Vocabulary, bias: Bias, start: int, count: int) -> Array:
     """What a bias adds to the logits [N, v] of so many tokens."""
     classes = ops.take(bias.classes[:, start : start + count], bias.which)

@@ -1,0 +1,175 @@
+"""Holes in a text: where they are, which tokens stand around them, and what text fills them.
+
+A hole is a span of characters. What stands outside is never decoded from tokens: the result is the source's own
+text with the holes' new text in it. So no tokenizer, whatever it normalizes, changes a character of it.
+
+V vocabulary
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dgemma.errors import PromptError
+from dgemma.text.decoding import Decoder
+from dgemma.text.tokenizer import Tokenizer
+
+MARK = "<<>>"  # a hole; <<5>> is one of five tokens
+_MARKS = re.compile(r"<<([0-9]{0,9})>>")
+_BROKEN = "\ufffd"  # what decoders write for bytes of no character
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Characters `start` to `stop` of a text, to be written anew; `length` is in tokens, None if unknown."""
+
+    start: int
+    stop: int
+    length: int | None = None
+
+
+# ---- where -----------------------------------------------------------------------------------------
+
+
+def marked(text: str, mark: str | None = None) -> tuple[str, list[Hole]]:
+    """The text without its marks, and a hole in each one's place. A `mark` of one's own has no length."""
+    marks = _MARKS if mark is None else re.compile(re.escape(mark))
+    found, parts, end, size = [], [], 0, 0
+    for match in marks.finditer(text):
+        parts.append(text[end : match.start()])
+        size, end = size + len(parts[-1]), match.end()
+        length = int(match[1]) if mark is None and match[1] else None
+        found.append(Hole(size, size, length))
+    return "".join([*parts, text[end:]]), found
+
+
+def at(text: str, line: int, column: int) -> Hole:
+    """A hole before a column of a line, both counted from 1; PromptError if the text has no such place."""
+    start, stop = _line(text, line)
+    if not 1 <= column <= stop - start + 1:
+        raise PromptError(f"line {line} has {stop - start} columns, so a hole cannot be at column {column}")
+    return Hole(start + column - 1, start + column - 1)
+
+
+def lines(text: str, first: int, last: int) -> Hole:
+    """A hole in the place of lines `first` to `last`, counted from 1, without the end of the last one."""
+    if first > last:
+        raise PromptError(f"lines {first}-{last} are in the wrong order")
+    return Hole(_line(text, first)[0], _line(text, last)[1])
+
+
+def _line(text: str, number: int) -> tuple[int, int]:
+    """Where a line's characters are, without its end, which is \\n or \\r\\n. A byte order mark is none."""
+    edges = [0, *(match.end() for match in re.finditer("\n", text))]
+    count = len(edges) - (edges[-1] == len(text))
+    if not 1 <= number <= count:
+        raise PromptError(f"line {number} is beyond the text, which has {count} line{'s' * (count != 1)}")
+    start, stop = edges[number - 1], edges[number] if number < len(edges) else len(text)
+    line = text[start:stop].removesuffix("\n").removesuffix("\r")
+    return start + (number == 1 and line.startswith("\ufeff")), start + len(line)
+
+
+def in_order(text: str, holes: Sequence[Hole]) -> list[Hole]:
+    """The holes of a text by place; PromptError for none, for one that is not in it, and for an overlap."""
+    if not holes:
+        raise PromptError("there is no hole to fill")
+    found = sorted(holes, key=lambda hole: (hole.start, hole.stop))
+    for hole in found:
+        if not 0 <= hole.start <= hole.stop <= len(text):
+            raise PromptError(f"a hole from {hole.start} to {hole.stop} is not in {len(text)} characters")
+        if hole.length is not None and hole.length < 1:
+            raise PromptError(f"a hole of {hole.length} tokens has nothing to fill")
+    for one, other in zip(found, found[1:], strict=False):
+        if other.start <= one.stop:
+            raise PromptError(
+                f"two holes overlap or touch at character {other.start}: text must stand between them"
+            )
+    return found
+
+
+# ---- tokens ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A hole among tokens.
+
+    `left` and `right` are the tokens at its edges, where another token might reach into the hole and still
+    spell the same text outside; None where the edge stands. `draft` are the ids of its old text.
+    """
+
+    hole: Hole
+    left: int | None = None
+    right: int | None = None
+    draft: tuple[int, ...] = ()
+
+    @property
+    def edges(self) -> int:
+        """Tokens on a canvas beside those of the hole."""
+        return (self.left is not None) + (self.right is not None)
+
+
+class Seams:
+    """A tokenizer's tokens by what they may stand for at the edge of a hole."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, never: Sequence[int] = ()):
+        self.tokenizer, raw = tokenizer, tokenizer.raw
+        self._decoder = decoder = Decoder(raw)
+        self.texts = decoder.texts_inside(range(vocab_size))
+        special = [id for id, token in raw.get_added_tokens_decoder().items() if token.special]
+        control = [raw.token_to_id(token) for token in tokenizer.control]
+        # [V] bool: no text is written with a control token, or with one that has no text.
+        self.written = np.array([bool(text) for text in self.texts])
+        self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = False
+        self._sets: dict[tuple[str, int], np.ndarray] = {}
+
+    def cut(self, text: str, holes: Sequence[Hole]) -> tuple[list[list[int]], list[Gap]]:
+        """The ids of the pieces that stand, one more than holes, and the gaps between them."""
+        holes = in_order(text, holes)
+        edges = [0, *(place for hole in holes for place in (hole.start, hole.stop)), len(text)]
+        parts = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        pieces = [self.tokenizer.encode_text(part.removeprefix("\ufeff"))[0] for part in parts]
+        gaps = [Gap(hole, draft=self._ids(text[hole.start : hole.stop])) for hole in holes]
+        for at, gap in enumerate(gaps):
+            # A piece gives one token to an edge at most, and keeps one between two holes.
+            before, after = pieces[at], pieces[at + 1]
+            if len(before) > (at > 0) and self._grows(before[-1], parts[at], "left"):
+                gap = replace(gap, left=before.pop())
+            if len(after) > (at + 1 < len(gaps)) and self._grows(after[0], parts[at + 1], "right"):
+                gap = replace(gap, right=after.pop(0))
+            gaps[at] = gap
+        return pieces, gaps
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode_text(text)[0])
+
+    def _grows(self, id: int, text: str, side: str) -> bool:
+        own = self.texts[id]
+        stands = text.endswith(own) if side == "left" else text.startswith(own)
+        return bool(own) and _BROKEN not in own and stands and self.allowed(id, side).sum() > 1
+
+    def allowed(self, id: int, side: str) -> np.ndarray:
+        """Which tokens [V] bool may stand in the place of the one at an edge: on the left those that begin with
+        its text, on the right those that end with it."""
+        key = side, id
+        if key not in self._sets:
+            own = self.texts[id]
+            found = [t.startswith(own) if side == "left" else t.endswith(own) for t in self.texts]
+            self._sets[key] = np.array(found) & self.written
+            self._sets[key][id] = True
+        return self._sets[key]
+
+    def text(self, gap: Gap, ids: Sequence[int], first: bool = False) -> str | None:
+        """The text in a gap whose ids, those of its edges included, are these; None if it is no text.
+
+        `first` is whether the gap begins the text.
+        """
+        whole = self._decoder.text(ids) if first and gap.left is None else self._decoder.text_inside(ids)
+        before = "" if gap.left is None else self.texts[gap.left]
+        after = "" if gap.right is None else self.texts[gap.right]
+        inner = whole[len(before) : len(whole) - len(after)]
+        return None if _BROKEN in inner or before + inner + after != whole else inner
