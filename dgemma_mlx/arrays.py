@@ -36,11 +36,13 @@ class MlxArrays(Ops):
     """The compute type is `dtype`, the wide one float32. Integers are int32 throughout."""
 
     name = "mlx"
-    # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist: queries
+    # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [H, L, S] exist: queries
     # of a prompt and keys of a canvas go in blocks that keep them below this many bytes (as float32).
     score_bytes = 128 << 20
     # Kernels weigh some blocks of keys at once for a canvas over a long context: bytes of scores as stored.
     scores_at_once = 192 << 20
+    # A whole piece of a context is weighed at once for the released 16 heads, canvas of 256 and bfloat16.
+    piece_slots = scores_at_once // (2 * 16 * 256)
     # Logits never fill a plane: a few tiles exist at once (`kernels.vocabulary`). Wide tiles save launches
     # and passes over the sums [rows, D]. Six of these are the released vocabulary, each 25 MB of bfloat16 at
     # 256 rows.
