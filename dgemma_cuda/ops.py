@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.formats.stored import Stored
-from dgemma.network.ops import KV, Array, Mask, Notices, Ops, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Ops, Prediction
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.layers import visible
 
@@ -291,9 +291,10 @@ class CudaOps(Ops):
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or not self._has_kernel(table):
-            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
+        if softcap is None or bias is not None or not self._has_kernel(table):
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
         sparse = vocabulary.Sparse(missing=soft_bound)

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import Quantized
-from dgemma.network.ops import KV, Array, Mask, Notices, Past, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Past, Prediction
 from dgemma.network.ops.layers import geglu, visible
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights
 
@@ -42,6 +42,7 @@ class MlxOps(MlxArrays):
         """
         super().__init__(dtype, notices, on_gpu)
         self._kernels = kernels
+        self._gelu = self.fused(super().gelu)
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -61,6 +62,9 @@ class MlxOps(MlxArrays):
         attention = w.attention if w.bias.q is not None else stacked_heads(w.attention)
         return replace(w, attention=attention, mlp=_stacked_mlp(w.mlp))
 
+    def gelu(self, x: Array) -> Array:
+        return self._gelu(x)
+
     def gated(self, x: Array, gate: Array, up: Array) -> Array:
         if up is not None:
             return super().gated(x, gate, up)
@@ -76,9 +80,10 @@ class MlxOps(MlxArrays):
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None:
-            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
+        if softcap is None or bias is not None:
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
         if not soft_bound:
             return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)
@@ -165,7 +170,7 @@ class MlxOps(MlxArrays):
             if mask.causal:
                 parts.append(self._causal(block, k, v, mask.window, S - L + b))
             else:
-                parts.append(_fused(block, k, v, None))
+                parts.append(_fast(block, k, v, None))
         return parts[0] if len(parts) == 1 else self.concat(parts, 1)
 
     def _blocks(self, shape: Sequence[int], S: int, window: int | None) -> Iterator[tuple[int, int]]:
@@ -182,10 +187,10 @@ class MlxOps(MlxArrays):
         S = stop - start
         plain = window is None or window >= S  # MLX aligns "causal" at the last key
         seen = "causal" if plain else visible(self, L, S, Mask(True, window))
-        return _fused(q, k[:, start:stop], v[:, start:stop], seen)
+        return _fast(q, k[:, start:stop], v[:, start:stop], seen)
 
 
-def _fused(q: Array, k: Array, v: Array, mask: Array | str | None) -> Array:
+def _fast(q: Array, k: Array, v: Array, mask: Array | str | None) -> Array:
     """MLX's own attention of q [H, L, C] over k and v [G, S, C] -> [H, L, C]."""
     y = mx.fast.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0, mask=mask)
     return y.squeeze(0)

@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.launches.graph import Shape
+from benchmarks.launches.metal import Region
 from benchmarks.launches.step import Step, arrays_of, mapped, released
 from dgemma.formats.quantized import Form, Quantized
 from dgemma.model import Model
 from dgemma.network.build import build, constants
 from dgemma.network.config import Config, read_config
 from dgemma.network.context import Context
-from dgemma.network.ops import KV
+from dgemma.network.ops import KV, Array
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import read_generation_config
@@ -37,6 +38,9 @@ class TracedOps(MlxOps):
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         return fn  # `Step.compiled` says it
+
+    def fused(self, chain: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        return Region(chain)
 
     def settle(self, arrays: Any) -> None:
         """There are no values."""
@@ -77,7 +81,7 @@ def ours(
         return [ops.read.pop(), step.soft]
 
     arrays, table = arrays_of(given), {id(x) for x in arrays_of(weights.embed)}
-    return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=True)
+    return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=rows == 1)
 
 
 def encoded(ops: MlxOps, config: Config, new: list[KV]) -> Context:

@@ -78,6 +78,19 @@ def kv_bytes(config: Config, form: Format, tokens: int) -> int:
     )
 
 
+def row_bytes(config: Config, form: Format, tokens: int) -> int:
+    """What a row that grows to so many tokens takes: its context, and its canvas's soft embedding.
+
+    While a sliding layer grows it is there twice, with a canvas more.
+    """
+    kept = [
+        (layer, layer.past + 2 * config.canvas_length) for layer in config.layers if layer.past is not None
+    ]
+    largest = max((kv_slot_bytes(layer, form) * slots for layer, slots in kept), default=0)
+    soft = canvas * config.hidden_size * form.compute
+    return kv_bytes(config, form, tokens) + largest + 2 * soft
+
+
 def vocabulary_bytes(config: Config, form: Format) -> int:
     """The plane of logits of one canvas: at most `Ops.vocab_rows` positions, wide.
 
