@@ -73,10 +73,13 @@ BUGS = {
     "encoder sees one token too many": Bug("(key > query - mask.window)", "(key >= query - mask.window)"),
     "encoder without its window": Bug("seen = seen & (key > query - mask.window)", "pass"),
     "decoder is causal": Bug("Mask(run.causal, layer.window)", "Mask(True, layer.window)"),
-    "self-conditioning without its last norm": Bug("    return run.norm(e, None)", "    return e"),
+    "self-conditioning without its last norm": Bug(
+        "return run.norm(e + mlp(run.ops, w.self_conditioning, n), None)",
+        "return e + mlp(run.ops, w.self_conditioning, n)",
+    ),
     "last norm only where there is a signal": Bug(
-        "    return run.norm(e, None)",
-        "    return run.norm(e, None) if soft.any() else e",
+        "return run.norm(e + mlp(run.ops, w.self_conditioning, n), None)",
+        "return run.norm(e + mlp(run.ops, w.self_conditioning, n), None) if soft.any() else e",
     ),
     "soft embedding without √D and norm": Bug(
         "run.norm(soft * w.embed_scale, w.self_conditioning.pre_norm)",
