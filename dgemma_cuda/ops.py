@@ -25,7 +25,6 @@ from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Ops, Prediction
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.layers import visible
 
-from .cache import BucketCache
 from .graphs import Graphed, Replay, record_cuda
 from .kernels import attention, compiling, fp4, linear, moe, vocabulary
 from .kernels.launch import supported
@@ -53,7 +52,6 @@ class CudaOps(Ops):
         self.device, self.dtype = torch.device(device), dtype
         self.dtype_name = str(dtype).removeprefix("torch.")
         self._kernels = kernels
-        self.cache_type = BucketCache if self.device.type == "cuda" else None
         self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too
         self.activations = "nvfp4" if w4a4 else None
         self.reads_host = False  # whether some expert product had to: such steps cannot be recorded
@@ -263,18 +261,19 @@ class CudaOps(Ops):
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         if self.kernels:
             return attention.attention(q, k, v, mask)
-        L, S = q.shape[2], k.shape[2]
-        whole = mask.pad is None and (mask.window is None or mask.window >= S)
+        L, S = q.shape[1], k.shape[1]
+        whole = mask.window is None or mask.window >= S
         square = mask.causal and whole and L == S
         seen = None if square else visible(self, L, S, mask)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=square, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
-        )
-
-    def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-        if self.kernels:
-            return attention.attend(q, own, past, mask)
-        return super().attend(q, own, past, mask)
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=seen,
+            is_causal=square,
+            scale=1.0,
+            enable_gqa=q.shape[0] != k.shape[0],
+        )[0]
 
     def rows_at_once(self, table: Array) -> int:
         return self.kernel_rows if self._has_kernel(table) else self.vocab_rows

@@ -22,7 +22,7 @@ from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_conso
 from dgemma.commands.requests import read_request
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.engine.events import Done, Draft, Event, Prefill
-from dgemma.engine.run import check_positions
+from dgemma.engine.request import check_positions
 from dgemma.errors import ConfigError, PromptError
 from dgemma.loading import Small, load
 from dgemma.model import Model

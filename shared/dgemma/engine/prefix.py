@@ -23,7 +23,7 @@ class Prefixes:
         self.limit = limit
         self._kept: OrderedDict[bytes, tuple[np.ndarray, Context]] = OrderedDict()
 
-    def find(self, tokens: Sequence[int]) -> Context | None:
+    def find(self, tokens: Sequence[int] | np.ndarray) -> Context | None:
         """A context of the longest prefix of `tokens` that is at hand, to be grown; None without any."""
         wanted = np.asarray(tokens, np.int64)
         best, best_length = None, 0

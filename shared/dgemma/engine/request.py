@@ -96,7 +96,7 @@ class Request:
             return
         if pins.dtype.kind != "i" or pins.ndim != 1:
             raise PromptError(f"pins must be token ids, and {FREE} where the model decides")
-        runner.check_tokens(np.where(pins == FREE, 0, pins))
+        runner.check_tokens(np.where(pins == FREE, 0, pins).tolist())
         if len(pins) > settings.max_new_tokens:
             raise PromptError(
                 f"{len(pins)} tokens are pinned or left open, and max_new_tokens is {settings.max_new_tokens}"

@@ -6,7 +6,7 @@ L canvas positions
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class Row:
         )  # fmt: skip
 
 
-def _part(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
+def _part(tokens: Sequence[int], start: int, length: int) -> np.ndarray:
     """Tokens [length] from `start` on, `FREE` beyond the end."""
     part = np.full(length, FREE, np.int64)
     given = np.asarray(tokens[start : start + length], np.int64)

@@ -83,10 +83,9 @@ def row_bytes(config: Config, form: Format, tokens: int) -> int:
 
     While a sliding layer grows it is there twice, with a canvas more.
     """
-    kept = [
-        (layer, layer.past + 2 * config.canvas_length) for layer in config.layers if layer.past is not None
-    ]
-    largest = max((kv_slot_bytes(layer, form) * slots for layer, slots in kept), default=0)
+    canvas = config.canvas_length
+    grown = [kv_slot_bytes(layer, form) * (layer.past + 2 * canvas) for layer in config.layers if layer.past]
+    largest = max(grown, default=0)
     soft = canvas * config.hidden_size * form.compute
     return kv_bytes(config, form, tokens) + largest + 2 * soft
 
