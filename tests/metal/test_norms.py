@@ -160,7 +160,13 @@ def products(rng: np.random.Generator, geometry: Geometry, own_v: bool, dtype: m
     N, H, G, C = geometry
     columns = tuple(heads * C for heads in ((H, G, G) if own_v else (H, G)))
     y = on_device(3 * rng.standard_normal((N, sum(columns))), dtype)
-    return [y, columns, *vectors(rng, C, 2, dtype), EPSILON, turn([*range(130_000, 130_000 + N // 2), *range(7, 7 + N - N // 2)], C)]
+    return [
+        y,
+        columns,
+        *vectors(rng, C, 2, dtype),
+        EPSILON,
+        turn([*range(130_000, 130_000 + N // 2), *range(7, 7 + N - N // 2)], C),
+    ]
 
 
 def check_heads(y: mx.array, columns: tuple[int, ...], q_norm: mx.array, *rest: Any) -> None:
@@ -337,8 +343,6 @@ def test_groups_fit_every_chip(simulated: None) -> None:
     """At most 256 threads, and a value of a row is in one thread: 11 of 2816 each."""
     with simulator.recording() as made:
         norms.rms_norm(mx.ones((2, 2816)), None, EPSILON)
-        norms.heads(
-            mx.ones((9, 3 * 64)), (128, 64), *(mx.ones(64),) * 2, EPSILON, (mx.ones((9, 32)),) * 2
-        )
+        norms.heads(mx.ones((9, 3 * 64)), (128, 64), *(mx.ones(64),) * 2, EPSILON, (mx.ones((9, 32)),) * 2)
     assert [call.threadgroup for call in made] == [(256, 1, 1)] * 2
     assert [call.grid for call in made] == [(256, 2, 1), (32 * 9 * 4, 1, 1)]
