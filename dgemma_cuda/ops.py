@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.formats.stored import Stored
-from dgemma.network.ops import KV, Array, Mask, Notices, Ops, Past, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Ops, Past, Prediction
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.layers import visible
-from dgemma.network.weights import AttentionWeights, BiasWeights
 
 from .graphs import Graphed, Replay, record_cuda
 from .kernels import attention, compiling, fp4, linear, moe, vocabulary
@@ -262,13 +261,6 @@ class CudaOps(Ops):
     def gelu(self, x: Array) -> Array:
         return F.gelu(x, approximate="tanh")
 
-    def heads(
-        self, x: Array, w: AttentionWeights, bias: BiasWeights, eps: float, rotary: Any
-    ) -> tuple[Array, Array, Array]:
-        q, k, v = super().heads(x, w, bias, eps, rotary)
-        # A context holds them as they are, and the kernel reads it so.
-        return (q, k.contiguous(), v.contiguous()) if self.kernels else (q, k, v)
-
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
         L, S = q.shape[1], k.shape[1]
         square = mask.causal and L == S and (mask.window is None or mask.window >= S)
@@ -301,9 +293,10 @@ class CudaOps(Ops):
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or not self._has_kernel(table):
-            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound)
+        if softcap is None or bias is not None or not self._has_kernel(table):
+            return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         if not soft_bound:
             return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
         sparse = vocabulary.Sparse(missing=soft_bound)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
     from dgemma.loading import load
     from dgemma.model import Model
-    from dgemma.network.runner import Context
+    from dgemma.network.context import Context
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ _HOMES = {
     "errors": ("BackendError", "CheckpointError", "ConfigError", "DgemmaError", "PromptError"),
     "loading": ("load",),
     "model": ("Model",),
-    "network.runner": ("Context",),
+    "network.context": ("Context",),
 }
 
 

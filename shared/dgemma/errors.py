@@ -20,6 +20,10 @@ class PromptError(DgemmaError):
     """A message list, a template or a token id that cannot be rendered or encoded."""
 
 
+class QueueFullError(DgemmaError):
+    """Too many requests wait; the same one may be taken later."""
+
+
 class BackendError(DgemmaError):
     """The requested backend, device or number type is not available on this machine."""
 

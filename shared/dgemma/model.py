@@ -18,8 +18,8 @@ from dgemma.engine.events import Event
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
 from dgemma.network.config import Config
-from dgemma.network.ops import Ops
 from dgemma.network.context import Context
+from dgemma.network.ops import Ops
 from dgemma.network.runner import Runner
 from dgemma.network.weights import Weights
 from dgemma.settings import GenerationConfig, Settings

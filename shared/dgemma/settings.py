@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -46,6 +46,7 @@ RANGES: dict[str, Range] = {
     "confidence": Range(0, 1_000_000_000, open_least=True),
     "max_new_tokens": Range(1, MAX_SIZE, whole=True),
     "soft_bound": Range(0, 1, open_most=True),
+    "deadline": Range(0, 1_000_000_000, open_least=True),
     "seed": Range(0, 2**64 - 1, whole=True),
     "row_ids": Range(0, 2**64 - 1, whole=True),
 }
@@ -88,6 +89,7 @@ class Settings(TypedDict, total=False):
     max_new_tokens: int | None
     stop_ids: tuple[int, ...] | None
     soft_bound: float | None
+    allow_empty: bool | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ class GenerationConfig:
     confidence: float  # nats, mean entropy
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    soft_bound: float = 0.0  # probability that a soft embedding may leave out; no file has it, 0 is exact
+    # No file has what follows.
+    soft_bound: float = 0.0  # probability that a soft embedding may leave out; 0 is exact
+    allow_empty: bool = (
+        False  # whether a reply may begin with a stop id, or be padding: as the reference does
+    )
 
     def override(self, **changes: Any) -> GenerationConfig:
         """A copy with the given fields changed (None means unchanged), checked."""
@@ -112,7 +118,7 @@ class GenerationConfig:
                 f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
             )
         given: dict[str, Any] = {
-            name: _stop_id_list(value) if name == "stop_ids" else number(name, value)
+            name: _OTHER[name](value) if name in _OTHER else number(name, value)
             for name, value in changes.items()
             if value is not None
         }
@@ -134,6 +140,15 @@ def _stop_id_list(value: Any) -> tuple[int, ...]:
             raise ConfigError(f"stop_ids has the unusable value {shown(value)}")
     return tuple(int(id) for id in ids)
 
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"allow_empty has the unusable value {shown(value)}; it is true or false")
+    return bool(value)
+
+
+# How fields that are no numbers are read.
+_OTHER: dict[str, Callable[[Any], Any]] = {"stop_ids": _stop_id_list, "allow_empty": _flag}
 
 # The meaning of an absent or null value, as in every file that transformers saves untouched: transformers'
 # own defaults, which are the released numbers.

@@ -22,7 +22,7 @@ from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_conso
 from dgemma.commands.requests import read_request
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.engine.events import Done, Draft, Event, Prefill
-from dgemma.engine.run import check_positions
+from dgemma.engine.request import check_positions
 from dgemma.errors import ConfigError, PromptError
 from dgemma.loading import Small, load
 from dgemma.model import Model
@@ -135,11 +135,12 @@ def _watch(
 ) -> list[Done]:
     if live:
         return follow(events, screen(View(model.tokenizer, sampler, rows), console))
-    replies = []
+    replies, read = [], {}
     with progress_bar(console, "reading the prompt") as bar:
         for event in events:
             if isinstance(event, Prefill):
-                bar(event.done, event.total)
+                read[event.row] = event
+                bar(sum(one.done for one in read.values()), sum(one.total for one in read.values()))
             elif isinstance(event, Draft):  # a canvas may take minutes, and must not look like a hang
                 bar(event.step, sampler.steps, f"writing canvas {event.canvas + 1}")
             elif isinstance(event, Done):

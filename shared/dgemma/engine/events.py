@@ -16,8 +16,9 @@ from dgemma.text.reply import Unread
 
 @dataclass(frozen=True)
 class Prefill:
-    """`done` of `total` prompt slots are encoded."""
+    """`done` of a row's `total` prompt tokens are encoded, or came from the cache of prefixes."""
 
+    row: int
     done: int
     total: int
 
@@ -55,14 +56,17 @@ class Committed:
 
 @dataclass(frozen=True)
 class Stats:
-    """The cost of a reply, by a wall clock that stops while the consumer holds an event.
+    """The cost of a reply, by a wall clock that stops while a consumer who drives the engine holds an event.
 
-    Rows of a batch share the clock. It runs from the request of the first event to the row's end.
+    It runs from the submission, or the request of the first event, to the row's end. Rows that run together
+    share the clock.
     """
 
     prompt_tokens: int
-    tokens: int  # generated, stop token included
+    cached_tokens: int  # of the prompt's, those whose encoding was at hand
+    tokens: int  # of the reply, stop token included
     seconds: float
+    queued_seconds: float  # before the row was admitted
     seconds_to_first_token: float
     prefill_seconds: float
     tokens_per_second: float  # tokens / seconds, prefill included
@@ -80,8 +84,10 @@ class Stats:
 
 @dataclass(frozen=True)
 class Done:
-    """A row's reply. `finish_reason` is "stop", "tool_calls" or "length"; `tokens` include the stop id.
+    """A row's reply; `tokens` include the stop id.
 
+    `finish_reason` is "stop", "tool_calls", "length", "cancelled", "deadline", or "degenerate": a canvas said
+    nothing, twice.
     `unread` are the tool calls that could not be read, each with the reason; `text` has their text, too.
     """
 

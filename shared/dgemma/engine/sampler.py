@@ -1,7 +1,7 @@
 """The entropy-bound sampler, once, in NumPy over small arrays, for every backend.
 
 Randomness is counter-based: a number depends on (seed, row id, canvas, step) and on nothing else. So the
-same seed gives the same noise on every backend, and a row does not notice its batch. Every rule comes from
+same seed gives the same noise on every backend, and a row does not notice its company. Every rule comes from
 model.md, "The sampler (entropy bound), exactly". Steps count *down* from N to 1.
 
     B rows  L canvas positions  D hidden
@@ -11,64 +11,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from dgemma.network.ops import Array
-from dgemma.network.runner import Seen
+from dgemma.network.runner import RowBias, Seen
 from dgemma.settings import GenerationConfig
+
+# What a bias adds to the logit of a token that may not come. It is finite: an infinity would make NaN.
+FORBIDDEN = -1e30
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The randomness of a set of rows, each on a canvas of its own.
+    """The randomness of one canvas of one row.
 
-    `seed` is a 64-bit integer, `rows` are the rows' own ids. `canvas` is one number for all, or [B].
+    `seed` and `row`, the row's own id, are 64-bit integers. A canvas begun again is another `attempt`.
     """
 
     seed: int
-    rows: tuple[int, ...]
-    canvas: int | Sequence[int]
+    row: int
+    canvas: int
     vocab_size: int
+    attempt: int = 0
 
-    def draw(self, step: int | Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Uniforms [B, L] float64 in [0, 1) and uniform tokens [B, L] int64 of `step`, one for all or [B]."""
-        steps, canvases = (np.broadcast_to(x, len(self.rows)) for x in (step, self.canvas))
-        places = zip(self.rows, canvases.tolist(), steps.tolist(), strict=True)
-        words = np.stack([self._words(*place, 2 * length) for place in places])
+    def draw(self, step: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Uniforms [L] float64 in [0, 1) and uniform tokens [L] int64 of a step."""
+        words = self._words(step, 2 * length)
         # The upper 53 bits fill a float64 exactly, so 1.0 never occurs.
-        uniforms = (words[:, :length] >> np.uint64(11)) * 2.0**-53
+        uniforms = (words[:length] >> np.uint64(11)) * 2.0**-53
         # The upper 32 bits scaled to [0, V): the product fits 64 bits.
-        tokens = (words[:, length:] >> np.uint64(32)) * np.uint64(self.vocab_size) >> np.uint64(32)
+        tokens = (words[length:] >> np.uint64(32)) * np.uint64(self.vocab_size) >> np.uint64(32)
         return uniforms, tokens.astype(np.int64)
 
     def start(self, steps: int, length: int) -> np.ndarray:
-        """The canvas [B, L] int64 of random tokens at which denoising starts."""
+        """The canvas [L] int64 of random tokens at which denoising starts."""
         return self.draw(steps + 1, length)[1]  # steps count down from N, so N + 1 is free
 
-    def _words(self, row: int, canvas: int, step: int, count: int) -> np.ndarray:
-        """Random words [count] uint64 of one row's canvas and step."""
+    def _words(self, step: int, count: int) -> np.ndarray:
+        """Random words [count] uint64 of a step."""
         # Raw words: NumPy promises the bit stream of Philox, but not that of its distributions.
         mask = 2**64 - 1
         # Lists would not do: NumPy makes floats of one with a value beyond 2^63, and drops low bits.
-        key = np.array([self.seed & mask, row & mask], np.uint64)
-        counter = np.array([0, 0, step, canvas], np.uint64)
+        key = np.array([self.seed & mask, self.row & mask], np.uint64)
+        counter = np.array([0, self.attempt, step, self.canvas], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
-def row_ids(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """An id in [0, 2^64) for each prompt, from its tokens and from how often they came before in the batch.
+def row_id(prompt: Sequence[int]) -> int:
+    """The id in [0, 2^64) of a row with this prompt, so that it draws the same noise alone and in company."""
+    digest = blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
-    So a row draws the same noise alone and in any batch, while repeated prompts get different samples.
-    """
-    seen: dict[bytes, int] = {}
+
+def row_ids(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """`row_id` of each prompt; one that came before counts up, so that copies get samples of their own."""
+    seen: dict[int, int] = {}
     ids = []
     for prompt in prompts:
-        digest = blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
-        seen[digest] = seen.get(digest, -1) + 1
-        ids.append((int.from_bytes(digest, "little") + seen[digest]) % 2**64)
+        id = row_id(prompt)
+        seen[id] = seen.get(id, -1) + 1
+        ids.append((id + seen[id]) % 2**64)
     return ids
 
 
@@ -78,7 +84,7 @@ def temperature(config: GenerationConfig, step: Any) -> Any:
 
 
 def accept(entropy: np.ndarray, bound: float) -> np.ndarray:
-    """Which positions keep their sample, [B, L] bool, for entropies [B, L] in nats.
+    """Which positions keep their sample, [B, L] bool, for entropies [B, L] in nats, L > 0.
 
     A position is accepted if the entropies of the surer ones, without its own, sum to at most `bound`. The
     surest position is always accepted. Equal entropies are taken from the left.
@@ -90,6 +96,15 @@ def accept(entropy: np.ndarray, bound: float) -> np.ndarray:
     np.put_along_axis(accepted, order, before <= bound, -1)
     accepted[np.arange(len(entropy)), order[:, 0]] = True
     return accepted
+
+
+@cache
+def no_stop_first(stop_ids: tuple[int, ...], vocab_size: int, length: int) -> RowBias | None:
+    """The bias on a reply's first canvas that keeps its first token from ending it; None without stop ids."""
+    classes = np.isin(np.arange(vocab_size), stop_ids).astype(np.int64)
+    values = np.zeros((length, 2), np.float32)
+    values[0, 1] = FORBIDDEN
+    return (classes, values) if stop_ids else None
 
 
 @dataclass(frozen=True)
@@ -127,26 +142,17 @@ def refined(seen: Seen, noise: np.ndarray, bound: float) -> Step:
 
 
 class Stop:
-    """The stable-and-confident rule for the rows of one canvas."""
+    """The stable-and-confident rule for one canvas."""
 
-    def __init__(self, config: GenerationConfig, rows: int):
+    def __init__(self, config: GenerationConfig):
         self.config = config
-        self._last: list[np.ndarray | None] = [None] * rows
-        self._same = [0] * rows  # steps before the last that had its canvas
+        self._last: np.ndarray | None = None
+        self._same = 0  # steps before the last that had its canvas
 
-    def __call__(self, argmax: np.ndarray, entropy: np.ndarray) -> np.ndarray:
-        """Which rows are done, [B] bool, for this step's argmax canvas and entropies in nats [B, L]."""
-        done = entropy.mean(-1) < self.config.confidence
-        for row, canvas in enumerate(argmax):
-            last = self._last[row]
-            held = last is not None and np.array_equal(canvas, last)
-            self._same[row] = self._same[row] + 1 if held else 0
-            self._last[row] = canvas
-            # A canvas with fewer steps behind it than `stability` is not stable yet.
-            done[row] &= self._same[row] >= self.config.stability
-        return done
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Forget all rows but `rows`, an array of indices."""
-        self._last = [self._last[row] for row in rows]
-        self._same = [self._same[row] for row in rows]
+    def __call__(self, argmax: np.ndarray, entropy: np.ndarray) -> bool:
+        """Whether the canvas is done, for this step's argmax canvas and entropies in nats, [L] each."""
+        held = self._last is not None and np.array_equal(argmax, self._last)
+        self._same = self._same + 1 if held else 0
+        self._last = argmax
+        # A canvas with fewer steps behind it than `stability` is not stable yet.
+        return bool(self._same >= self.config.stability and entropy.mean() < self.config.confidence)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgemma.network.config import Config, LayerConfig
-from dgemma.network.ops import KV, Array, Mask, Ops, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Ops, Prediction
 from dgemma.network.ops.layers import rotary
 from dgemma.network.ops.vocabulary import embed
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights, Weights
@@ -152,10 +152,11 @@ def step(
     past: Sequence[Any],
     temperature: Array,
     uniforms: Array,
+    bias: Bias | None = None,
 ) -> Prediction:
     """`denoise`, then `vocabulary` -> a `Prediction` of the B·L positions.
 
     `temperature` and `uniforms` in [0, 1) are [B·L] wide.
     """
     h = denoise(ops, config, w, canvas, soft, positions, past)
-    return ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms)
+    return ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms, bias=bias)

@@ -78,6 +78,18 @@ def kv_bytes(config: Config, form: Format, tokens: int) -> int:
     )
 
 
+def row_bytes(config: Config, form: Format, tokens: int) -> int:
+    """What a row that grows to so many tokens takes: its context, and its canvas's soft embedding.
+
+    While a sliding layer grows it is there twice, with a canvas more.
+    """
+    canvas = config.canvas_length
+    grown = [kv_slot_bytes(layer, form) * (layer.past + 2 * canvas) for layer in config.layers if layer.past]
+    largest = max(grown, default=0)
+    soft = canvas * config.hidden_size * form.compute
+    return kv_bytes(config, form, tokens) + largest + 2 * soft
+
+
 def vocabulary_bytes(config: Config, form: Format) -> int:
     """The plane of logits of one canvas: at most `Ops.vocab_rows` positions, wide.
 

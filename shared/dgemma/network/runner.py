@@ -19,15 +19,20 @@ from dgemma.files import Progress
 from dgemma.network import graph
 from dgemma.network.config import Config
 from dgemma.network.context import Context, cut
-from dgemma.network.ops import KV, Array, Ops, Prediction
+from dgemma.network.ops import KV, Array, Bias, Ops, Prediction
 from dgemma.network.ops.vocabulary import logits
 from dgemma.network.weights import Weights
 
 # Canvas ids [B, L], positions [B·L], past, soft [B, L, D].
 Inputs = tuple[Array, Array, Any, Array]
+# Of one row: a class [V] for each token, and what tokens of each class get at each position, [L, C].
+RowBias = tuple[np.ndarray, np.ndarray]
 
 # Most prompt tokens of one prefill pass: its scores are [heads, chunk, context], so memory is bounded.
 PREFILL_CHUNK = 512
+
+# Functions that are called many times with the same shapes.
+_REPEATED = ("refine", "refine biased", "denoise")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Runner:
     def __init__(self, ops: Ops, config: Config, weights: Weights):
         self.ops, self.config, self.weights = ops, config, weights
         self._compiled: dict[str, Callable[..., Any]] = {}
+        self._classes: tuple[list[np.ndarray], Array] = [], None
 
     # ---- contexts -------------------------------------------------------------------------------
 
@@ -103,13 +109,7 @@ class Runner:
         stop = 0
         for context, n in zip(contexts, lengths, strict=True):
             stop += n
-            context.append(new if len(rows) == 1 else [self._own(kv, stop - n, stop) for kv in new])
-
-    def _own(self, kv: KV, start: int, stop: int) -> KV:
-        """Tokens of keys and values [G, n, C] as new arrays: views would hold all that they are cut from."""
-        parts = zip(cut(kv, start, start), cut(kv, start, stop), strict=True)
-        k, v = (self.ops.concat(pair, 1) for pair in parts)
-        return k, v
+            context.append([cut(kv, stop - n, stop) for kv in new])
 
     def _pasts(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Any:
         """What `Ops.attend` reads of contexts, by layer, for rows of so many new tokens."""
@@ -134,7 +134,7 @@ class Runner:
     def _variant(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         # The first function of a name stays: all of them must close over the same facts.
         if name not in self._compiled:
-            self._compiled[name] = self.ops.compile(function, repeats=name in ("refine", "denoise"))
+            self._compiled[name] = self.ops.compile(function, repeats=name in _REPEATED)
         return self._compiled[name]
 
     # ---- canvases -------------------------------------------------------------------------------
@@ -169,45 +169,75 @@ class Runner:
         temperature: float | np.ndarray,
         uniforms: np.ndarray,
         soft_bound: float = 0.0,
+        bias: Sequence[RowBias | None] = (),
     ) -> Seen:
         """One look at canvas [B, L] token ids, each row behind its context, at its temperature [B] or at one.
 
         `uniforms` [B, L] in [0, 1) pick each position's sample. `soft` is the previous step's soft embedding
         [B, L, D], or one [L, D] a row; None, for all or for a row, on a canvas's first step. The new one may
-        leave out the probability `soft_bound`. There is one host read; a `soft_bound` adds those of
-        `Ops.vocabulary`.
+        leave out the probability `soft_bound`. A row's `bias` is added to its processed logits. There is one
+        host read; a `soft_bound` adds those of `Ops.vocabulary`.
         """
         ops, uniforms = self.ops, np.asarray(uniforms)
         inputs = self._inputs(contexts, canvas, soft)
         # One temperature for each position, so that backends need not know its row.
         heat = np.zeros(uniforms.shape) + np.reshape(temperature, (-1, 1))
         draw = ops.aswide(heat.reshape(-1)), ops.aswide(uniforms.reshape(-1))
-        host, new = (self._sparse if soft_bound else self._dense)(inputs, draw, soft_bound)
+        added = self._bias(bias, np.shape(canvas)[1]) if any(row is not None for row in bias) else None
+        host, new = (self._sparse if soft_bound else self._dense)(inputs, draw, soft_bound, added)
         argmax, sample, entropy, *missing = ops.to_numpy(host).reshape(-1, *np.shape(canvas))
         ids = argmax.astype(np.int64), sample.astype(np.int64)
         return Seen(*ids, entropy, new, missing[0] if missing else None)
 
-    def _dense(self, inputs: Inputs, draw: tuple[Array, Array], _: float) -> tuple[Array, Array]:
+    def _dense(
+        self, inputs: Inputs, draw: tuple[Array, Array], _: float, bias: Bias | None
+    ) -> tuple[Array, Array]:
         """The host's part of a step [3, B·L] and its soft embedding [B, L, D]; compiled as a whole."""
 
         def run(
-            canvas: Array, positions: Array, past: Any, soft: Array, heat: Array, uniforms: Array
+            canvas: Array,
+            positions: Array,
+            past: Any,
+            soft: Array,
+            heat: Array,
+            uniforms: Array,
+            *bias: Array,
         ) -> tuple[Array, Array]:
             given = self.ops, self.config, self.weights, canvas, soft, positions, past, heat, uniforms
-            said = graph.step(*given)
+            said = graph.step(*given, Bias(*bias) if bias else None)
             return self._for_host(said), said.soft.reshape(*canvas.shape, -1)
 
-        return self._variant(run, "refine")(*inputs, *draw)
+        if bias is None:
+            return self._variant(run, "refine")(*inputs, *draw)
+        added = bias.classes, bias.which, bias.values
+        return self._variant(run, "refine biased")(*inputs, *draw, *added)
 
-    def _sparse(self, inputs: Inputs, draw: tuple[Array, Array], bound: float) -> tuple[Array, Array]:
+    def _sparse(
+        self, inputs: Inputs, draw: tuple[Array, Array], bound: float, bias: Bias | None
+    ) -> tuple[Array, Array]:
         """Like `_dense`, with `missing` [4, B·L]. The vocabulary may read the host, so it is not compiled."""
 
         def run(*given: Any) -> tuple[Array]:
             return (self._denoise(*given),)
 
         (h,) = self._variant(run, "denoise")(*inputs)
-        said = self.ops.vocabulary(h, self.weights.embed, self.config.softcap, *draw, bound)
+        said = self.ops.vocabulary(h, self.weights.embed, self.config.softcap, *draw, bound, bias)
         return self._for_host(said), said.soft.reshape(*inputs[0].shape, -1)
+
+    def _bias(self, rows: Sequence[RowBias | None], length: int) -> Bias:
+        """The bias of all positions, from that of each row over `length` positions."""
+        tables = list({id(row[0]): row[0] for row in rows if row is not None}.values())
+        if [id(table) for table in tables] != [id(table) for table in self._classes[0]]:
+            self._classes = tables, self.ops.asarray(np.stack(tables).astype(np.int64))
+        index = {id(table): k for k, table in enumerate(tables)}
+        width = max(row[1].shape[1] for row in rows if row is not None)
+        which = np.repeat([0 if row is None else index[id(row[0])] for row in rows], length)
+        values = np.zeros((len(rows), length, width), np.float32)
+        for own, row in zip(values, rows, strict=True):
+            if row is not None:
+                own[:, : row[1].shape[1]] = row[1]
+        ops = self.ops
+        return Bias(self._classes[1], ops.asarray(which), ops.aswide(values.reshape(-1, width)))
 
     def _for_host(self, said: Prediction) -> Array:
         """All that the host needs in one wide array [3 or 4, B·L]. Ids below 2^24 are exact in float32."""
@@ -233,8 +263,7 @@ class Runner:
         if not isinstance(soft, list | tuple):
             soft = [None] * B if soft is None else [soft]
         shape = L, self.config.hidden_size
-        silent = None if all(row is not None for row in soft) else self._silence(shape)
-        rows = [silent if row is None else self._on_device(row) for row in soft]
+        rows = [self._silence(shape) if row is None else self._on_device(row) for row in soft]
         if len(rows) == 1:
             return rows[0].reshape(-1, *shape)
         return self.ops.concat([row[None] for row in rows], 0)

@@ -186,11 +186,11 @@ class Probe:
 
 def probe(config: Config, other: Config) -> Probe:
     """The same inputs for every pair of checkpoints with this vocabulary and these lengths."""
-    noise = sampler.Noise(0, (0,), 0, config.vocab_size)
+    noise = sampler.Noise(0, 0, 0, config.vocab_size)
     length = min(config.canvas_length, other.canvas_length)
     room = min(config.max_positions, other.max_positions) - length
-    drawn = noise.draw(0, max(0, min(PROMPT, room - 1)))[1][0]
-    uniforms, canvas = noise.draw(1, length)
+    drawn = noise.draw(0, max(0, min(PROMPT, room - 1)))[1]
+    uniforms, canvas = (x[None] for x in noise.draw(1, length))
     return Probe([min(BOS, config.vocab_size - 1), *map(int, drawn)], canvas, uniforms)
 
 

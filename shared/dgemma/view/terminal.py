@@ -60,6 +60,8 @@ class _Row:
     step: int = 0
     tokens: int = 0  # committed
     steps: int = 0
+    timed: int = 0  # of the steps, those behind a canvas's first
+    prefill: str = ""
     finished: str = ""
 
     @property
@@ -84,14 +86,12 @@ class View:
         self._spelling = Spelling(tokenizer, config.stop_ids)
         self._steps = config.steps
         self._rows = [_Row() for _ in range(rows)]
-        self._prefill = ""
-        self._last = (-1, -1)
-        self._spent, self._timed = 0.0, 0
+        self._spent = 0.0
 
     def update(self, event: Event, seconds: float = 0.0) -> None:
         """Take in an event, for which the engine needed `seconds`."""
         if isinstance(event, Prefill):
-            self._prefill = f" {event.done}/{event.total}"
+            self._rows[event.row].prefill = f" {event.done}/{event.total}"
         elif isinstance(event, Draft):
             self._time(event, seconds)
             self._draft(self._rows[event.row], event)
@@ -114,8 +114,7 @@ class View:
         # The first step of a canvas is not timed: it includes the encoding of the canvas before.
         if draft.step > 1:
             self._spent += seconds
-            self._timed += (draft.canvas, draft.step) != self._last
-        self._last = (draft.canvas, draft.step)
+            self._rows[draft.row].timed += 1
 
     def line(self, row: int) -> str:
         """A row's canvas on one line without escape codes, for logs and pipes."""
@@ -149,13 +148,14 @@ class View:
         row = self._rows[index]
         head = [f"row {index + 1}"] if len(self._rows) > 1 else []
         if not row.steps:
-            return " · ".join([*head, f"reading the prompt{self._prefill}"])
+            return " · ".join([*head, f"reading the prompt{row.prefill}"])
         rate = f"{row.tokens_per_forward:.1f} tokens/forward"
         if row.finished:
             return " · ".join([*head, f"done ({row.finished})", f"{row.tokens} tokens", rate])
         parts = [*head, f"canvas {row.canvas + 1}", f"step {row.step}/{self._steps}", rate]
         if self._spent:
-            ms = 1000 * self._spent / self._timed
+            # Rows that run together share a step: the first of their drafts has its time.
+            ms = 1000 * self._spent / max(row.timed for row in self._rows)
             parts.append(f"{ms:.0f} ms/step" if ms >= 10 else f"{ms:.1f} ms/step")
         status, done = " · ".join(parts), round(10 * row.settled)
         bar = "━" * done + "─" * (10 - done) if len(status) + 24 <= width else ""

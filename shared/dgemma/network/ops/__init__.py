@@ -16,9 +16,9 @@ Each file has one kind and builds on the one before:
 from dgemma.network.ops.arrays import KV, Array, Past
 from dgemma.network.ops.layers import Mask
 from dgemma.network.ops.runtime import Notices
-from dgemma.network.ops.vocabulary import Prediction, Vocabulary
+from dgemma.network.ops.vocabulary import Bias, Prediction, Vocabulary
 
-__all__ = ["KV", "Array", "Mask", "Notices", "Ops", "Past", "Prediction"]
+__all__ = ["KV", "Array", "Bias", "Mask", "Notices", "Ops", "Past", "Prediction"]
 
 
 class Ops(Vocabulary):

@@ -28,6 +28,22 @@ class Prediction:
     missing: Array | None = None
 
 
+@dataclass(frozen=True)
+class Bias:
+    """What is added to processed logits: token v at position n gets `values[n, classes[which[n], v]]`.
+
+    Values are wide and finite: −1e30 forbids a token, where an infinity would make NaN.
+    """
+
+    classes: Array  # [K, V] int
+    which: Array  # [N] int
+    values: Array  # [N, C] wide
+
+    def rows(self, at: slice) -> Bias:
+        """That of some positions."""
+        return Bias(self.classes, self.which[at], self.values[at])
+
+
 class Vocabulary(Layers):
     """What the head says of each position, with at most one plane of logits in memory."""
 
@@ -57,10 +73,12 @@ class Vocabulary(Layers):
         temperature: Array | float,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
         """Argmax, sample, entropy and soft embedding of h [N, D] against the table [V, D].
 
-        z = logits / temperature (wide [N], or one number for all), p = softmax(z). The entropy is −Σ p log p.
+        z = logits / temperature (wide [N], or one number for all) + bias, p = softmax(z). The entropy is
+        −Σ p log p.
         The sample is the first token whose cumulative p exceeds its uniform [N]. Two passes run over tiles of
         z: the first finds maximum and sums, the second turns tiles into probabilities.
 
@@ -78,7 +96,8 @@ class Vocabulary(Layers):
         for a in range(0, h.shape[0], step):
             rows = slice(a, a + step)
             x = self.after(h[rows], parts[-1].sample, parts[-1].soft) if parts else h[rows]
-            parts.append(self.vocabulary_rows(x, table, softcap, heat[rows], uniforms[rows], soft_bound))
+            own = None if bias is None else bias.rows(rows)
+            parts.append(self.vocabulary_rows(x, table, softcap, heat[rows], uniforms[rows], soft_bound, own))
         if len(parts) == 1:
             return parts[0]
         names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
@@ -92,6 +111,7 @@ class Vocabulary(Layers):
         temperature: Array,
         uniforms: Array,
         soft_bound: float = 0.0,
+        bias: Bias | None = None,
     ) -> Prediction:
         """`vocabulary` of at most `rows_at_once` rows h [N, D]; temperature and uniforms [N] wide.
 
@@ -101,7 +121,8 @@ class Vocabulary(Layers):
         tiles: list[Array] = []
         for a in edges:
             x = self.after(h, tiles[-1]) if tiles else h
-            tiles.append(logits(self, x, table[a : a + self.vocab_tile], softcap) / temperature[:, None])
+            z = logits(self, x, table[a : a + self.vocab_tile], softcap) / temperature[:, None]
+            tiles.append(z if bias is None else z + _added(self, bias, a, z.shape[-1]))
         top, argmax = _peak(self, tiles, edges)
         mass = weighted = below = top * 0.0
         for z in tiles:
@@ -137,6 +158,12 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
     """softcap · tanh(h @ tableᵀ / softcap) -> [..., v] wide; h [..., D], table [v, D]. None caps nothing."""
     z = ops.to_wide(ops.linear(h, table))
     return z if softcap is None else soft_cap(ops, z, softcap)
+
+
+def _added(ops: Vocabulary, bias: Bias, start: int, count: int) -> Array:
+    """What a bias adds to the logits [N, v] of so many tokens."""
+    classes = ops.take(bias.classes[:, start : start + count], bias.which)
+    return ops.take_along(bias.values, classes, -1)
 
 
 def soft_cap(ops: Vocabulary, z: Array, cap: float) -> Array:
