@@ -36,11 +36,13 @@ class MlxArrays(Ops):
     """The compute type is `dtype`, the wide one float32. Integers are int32 throughout."""
 
     name = "mlx"
-    # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [B, H, L, S] exist: queries
+    # Heads of 256 and 512 have no fused Metal kernel beyond 8 queries, so scores [H, L, S] exist: queries
     # of a prompt and keys of a canvas go in blocks that keep them below this many bytes (as float32).
     score_bytes = 128 << 20
     # Kernels weigh some blocks of keys at once for a canvas over a long context: bytes of scores as stored.
     scores_at_once = 192 << 20
+    # A whole piece of a context is weighed at once for the released 16 heads, canvas of 256 and bfloat16.
+    piece_slots = scores_at_once // (2 * 16 * 256)
     # Logits never fill a plane: a few tiles exist at once (`kernels.vocabulary`). Wide tiles save launches
     # and passes over the sums [rows, D]. Six of these are the released vocabulary, each 25 MB of bfloat16 at
     # 256 rows.
@@ -224,8 +226,26 @@ class MlxArrays(Ops):
         return mx.get_peak_memory()
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        """The CPU runs `fn` itself: each fused kernel is a run of g++ there, 31 s in all for 5 % of speed."""
-        return mx.compile(fn) if self.on_gpu else fn
+        """A pass of one row is compiled as a whole; of several only what is `fused`.
+
+        MLX traces again for each set of shapes, and keeps every trace. Rows at different canvases have a new
+        set every few steps, and a trace takes four to ten times as long as running `fn` does.
+        """
+        if not self.on_gpu:
+            return fn
+        compiled = mx.compile(fn)
+
+        def run(rows: Any, *rest: Any) -> Any:
+            return (compiled if len(rows) == 1 else fn)(rows, *rest)
+
+        return run
+
+    def fused(self, chain: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        """A chain of elementwise operations as one kernel; within a compiled pass it is a part of that.
+
+        The CPU runs it as it is: each kernel is a run of g++ there, 31 s in all for 5 % of speed.
+        """
+        return mx.compile(chain) if self.on_gpu else chain
 
     def settle(self, arrays: Any) -> None:
         mx.eval(arrays)

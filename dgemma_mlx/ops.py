@@ -2,10 +2,9 @@
 
 Plain but not naive: MLX's own kernels where they compute what the definition says, blocked attention, and our
 kernels where this machine has proven them. Rotation stays the definition's: `mx.fast.rope` takes Metal's
-`fast::cos` of angles up to the context length, and counts positions unsigned, so left padding would wrap
-around.
+`fast::cos` of angles up to the context length, and positions that follow each other.
 
-    B rows  L queries  S keys  D hidden  H heads  G KV heads  C head size  M size of the dense MLP
+    L queries of a row  S keys  D hidden  H heads  G KV heads  C head size  M size of the dense MLP
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import mlx.core as mx
 
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import Quantized
-from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Prediction
+from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Past, Prediction
 from dgemma.network.ops.layers import geglu, visible
 from dgemma.network.weights import AttentionWeights, BiasWeights, LayerWeights, MlpWeights
 
@@ -43,6 +42,7 @@ class MlxOps(MlxArrays):
         """
         super().__init__(dtype, notices, on_gpu)
         self._kernels = kernels
+        self._gelu = self.fused(super().gelu)
 
     @property
     def kernels(self) -> frozenset[str]:
@@ -61,6 +61,9 @@ class MlxOps(MlxArrays):
         """Matrices that read the same x become one where they are of one form: one product, one reading."""
         attention = w.attention if w.bias.q is not None else stacked_heads(w.attention)
         return replace(w, attention=attention, mlp=_stacked_mlp(w.mlp))
+
+    def gelu(self, x: Array) -> Array:
+        return self._gelu(x)
 
     def gated(self, x: Array, gate: Array, up: Array) -> Array:
         if up is not None:
@@ -153,43 +156,44 @@ class MlxOps(MlxArrays):
             return super().experts(x, weights, ids, gate_up, down)
         return moe.experts(self, x, weights, ids, gate_up, down, fused="gather" in self.kernels)
 
-    def attend(self, q: Array, own: KV, past: KV | None, mask: Mask) -> Array:
-        run = attention.attend if "attend" in self.kernels else attention.attend_plain
+    def attend_row(self, q: Array, own: KV, past: Past, mask: Mask) -> Array:
+        run = attention.attend_row if "attend" in self.kernels else attention.attend_row_plain
         return run(self, q, own, past, mask)
 
     def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
-        L, S = q.shape[2], k.shape[2]
-        seen = None if mask.causal else visible(self, L, S, mask)
+        L, S = q.shape[1], k.shape[1]
         parts: list[Array] = []
         for a, b in self._blocks(q.shape, S, mask.window if mask.causal else None):
-            block = q[:, :, a:b]
+            block = q[:, a:b]
             if parts:  # evaluation is breadth first: without this edge all blocks exist at once
                 block = self.after(block, parts[-1])
             if mask.causal:
-                parts.append(self._causal(block, k, v, mask, S - L + b))
+                parts.append(self._causal(block, k, v, mask.window, S - L + b))
             else:
-                rows = None if seen is None else seen[:, :, a:b]
-                parts.append(mx.fast.scaled_dot_product_attention(block, k, v, scale=1.0, mask=rows))
-        return parts[0] if len(parts) == 1 else self.concat(parts, 2)
+                parts.append(_fast(block, k, v, None))
+        return parts[0] if len(parts) == 1 else self.concat(parts, 1)
 
     def _blocks(self, shape: Sequence[int], S: int, window: int | None) -> Iterator[tuple[int, int]]:
-        """Ranges of L, of q [B, H, L, C], whose scores fit `score_bytes`; a window at most, to skip keys."""
-        B, H, L, _ = shape
-        rows = min(max(1, self.score_bytes // (4 * B * H * S)), window or L)
+        """Ranges of L, of q [H, L, C], whose scores fit `score_bytes`; a window at most, to skip keys."""
+        H, L, _ = shape
+        rows = min(max(1, self.score_bytes // (4 * H * S)), window or L)
         for a in range(0, L, rows):
             yield a, min(a + rows, L)
 
-    def _causal(self, q: Array, k: Array, v: Array, mask: Mask, stop: int) -> Array:
-        """Causal attention of q [B, H, L, C], which are the last L of the first `stop` slots of k and v."""
-        L, pad, window = q.shape[2], mask.pad, mask.window
+    def _causal(self, q: Array, k: Array, v: Array, window: int | None, stop: int) -> Array:
+        """Causal attention of q [H, L, C], which are the last L of the first `stop` slots of k and v."""
+        L = q.shape[1]
         start = 0 if window is None else max(0, stop - L + 1 - window)
         S = stop - start
-        plain = pad is None and (window is None or window >= S)  # MLX aligns "causal" at the last key
-        cut = Mask(None if pad is None else pad - start, True, window)
-        seen = "causal" if plain else visible(self, L, S, cut)
-        return mx.fast.scaled_dot_product_attention(
-            q, k[:, :, start:stop], v[:, :, start:stop], scale=1.0, mask=seen
-        )
+        plain = window is None or window >= S  # MLX aligns "causal" at the last key
+        seen = "causal" if plain else visible(self, L, S, Mask(True, window))
+        return _fast(q, k[:, start:stop], v[:, start:stop], seen)
+
+
+def _fast(q: Array, k: Array, v: Array, mask: Array | str | None) -> Array:
+    """MLX's own attention of q [H, L, C] over k and v [G, S, C] -> [H, L, C]."""
+    y = mx.fast.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0, mask=mask)
+    return y.squeeze(0)
 
 
 def make(

@@ -83,7 +83,7 @@ def cases(data: Data) -> Iterator[Case]:
 def _norms(data: Data) -> Iterator[Case]:
     config, eps = data.config, data.config.rms_eps
     D, L = config.hidden_size, config.canvas_length
-    h, a, m = (data.normal(1, L, D, scale=3) for _ in range(3))
+    h, a, m = (data.normal(L, D, scale=3) for _ in range(3))
     w: list[Any] = [data.normal(D) for _ in range(4)]
     scalar = data.ops.asarray(np.array([0.7]))
     yield Case("rms_norm", f"rows of {D}", lambda ops: ops.rms_norm(h, w[0], eps))
@@ -101,14 +101,14 @@ def _heads(data: Data, layer: LayerConfig) -> Case:
     q, k, v = (data.normal(heads * C, D, scale=D**-0.5) for heads in (H, G, G))
     w = AttentionWeights(q, k, None, data.normal(C), data.normal(C), None if layer.shares_kv else v)
     w = stacked_heads(w)
-    offset = data.ops.asarray(np.array([data.context]))
-    turned = rotary(data.ops, offset, config.canvas_length, data.ops.aswide(rope_frequencies(layer)))
-    x = data.normal(1, config.canvas_length, D)
+    positions = data.ops.asarray(data.context + np.arange(config.canvas_length))
+    turned = rotary(data.ops, positions, data.ops.aswide(rope_frequencies(layer)))
+    x = data.normal(config.canvas_length, D)
     return Case("heads", f"heads of {C}", lambda ops: ops.heads(x, w, BiasWeights(), config.rms_eps, turned))
 
 
 def _attention(data: Data, layer: LayerConfig) -> Iterator[Case]:
-    """A canvas over the context; without a window also over two pieces and a slot, which are merged."""
+    """A canvas over the context; without a window also over two parts and a slot, which are merged."""
     if layer.window:
         yield _canvas(data, layer, min(data.context, layer.window - 1))
     else:
@@ -119,11 +119,11 @@ def _attention(data: Data, layer: LayerConfig) -> Iterator[Case]:
 
 def _canvas(data: Data, layer: LayerConfig, S: int) -> Case:
     C, G, L = layer.head_dim, layer.kv_heads, data.config.canvas_length
-    q = data.normal(1, data.config.heads, L, C, scale=C**-0.5)
-    own, past = [(data.normal(1, G, n, C), data.normal(1, G, n, C)) for n in (L, S)]
-    mask = Mask(data.ops.asarray(np.array([3])), window=layer.window)
+    q = data.normal(data.config.heads, L, C, scale=C**-0.5)
+    own, past = [(data.normal(G, n, C), data.normal(G, n, C)) for n in (L, S)]
+    mask = Mask(window=layer.window)
     what = f"heads of {C}, {S:,} slots"
-    return Case("attend", what, lambda ops: ops.attend(q, own, past, mask))
+    return Case("attend", what, lambda ops: ops.attend(q, own, [[past]], (L,), mask))
 
 
 def _experts(data: Data) -> Iterator[Case]:

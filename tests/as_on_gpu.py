@@ -26,8 +26,11 @@ class AsOnGpu(MlxOps):
     """
 
     def __init__(self, dtype: str, compiled: bool = False) -> None:
-        super().__init__(getattr(mx, dtype), kernels=frozenset(), on_gpu=True)
         self.compiled = compiled
+        super().__init__(getattr(mx, dtype), kernels=frozenset(), on_gpu=True)
+
+    def fused(self, chain: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        return super().fused(chain) if self.compiled else chain
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         return super().compile(fn, repeats) if self.compiled else fn

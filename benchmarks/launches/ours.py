@@ -10,13 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks.launches.graph import Shape
+from benchmarks.launches.metal import Region
 from benchmarks.launches.step import Step, arrays_of, mapped, released
 from dgemma.formats.quantized import Form, Quantized
 from dgemma.model import Model
 from dgemma.network.build import build, constants
-from dgemma.network.cache import empty
 from dgemma.network.config import Config, read_config
-from dgemma.network.runner import Context
+from dgemma.network.context import Context
+from dgemma.network.ops import KV, Array
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import read_generation_config
@@ -38,6 +39,9 @@ class TracedOps(MlxOps):
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         return fn  # `Step.compiled` says it
 
+    def fused(self, chain: Callable[[Array], Array]) -> Callable[[Array], Array]:
+        return Region(chain)
+
     def settle(self, arrays: Any) -> None:
         """There are no values."""
 
@@ -47,9 +51,13 @@ class TracedOps(MlxOps):
 
 
 def ours(
-    context: int, form: str, kernels: frozenset[str] = frozenset(), raw: dict[str, Any] | None = None
+    context: int,
+    form: str,
+    kernels: frozenset[str] = frozenset(),
+    raw: dict[str, Any] | None = None,
+    rows: int = 1,
 ) -> Step:
-    """A step of `Model.refine`, over a cache of `context` tokens and the last step's soft embedding.
+    """A step of `Model.refine` on `rows` rows, each over `context` tokens and the last step's soft embedding.
 
     `raw` is the dictionary of config.json, by default the released one.
     """
@@ -58,25 +66,29 @@ def ours(
     generation = read_generation_config(settings, config.vocab_size)
     ops = TracedOps(kernels)
     weights = blank_weights(ops, config, form)
-    canvas, ids = config.canvas_length, np.zeros((1, config.canvas_length), np.int64)
-    caches = [
-        tuple(mx.zeros((1, layer.kv_heads, context, layer.head_dim), ops.dtype) for _ in "kv")
-        for layer in config.layers
-    ]
-    soft = mx.zeros((1, canvas, config.hidden_size), ops.dtype)
-    given = (weights, caches, soft)
+    ids = np.zeros((rows, config.canvas_length), np.int64)
+    shapes = [(layer.kv_heads, context, layer.head_dim) for layer in config.layers]
+    pasts = [[(mx.zeros(x, ops.dtype), mx.zeros(x, ops.dtype)) for x in shapes] for _ in range(rows)]
+    soft = mx.zeros((*ids.shape, config.hidden_size), ops.dtype)
+    given = (weights, pasts, soft)
 
     def function(*arrays: mx.array) -> list[mx.array]:
         source = iter(arrays)
-        weights, caches, soft = mapped(given, lambda _: next(source))
+        weights, pasts, soft = mapped(given, lambda _: next(source))
         model = Model(ops, config, generation, weights, None)
-        cache = empty(ops, config)
-        cache.append(caches)
-        step = model.refine(Context(cache, np.array([context])), ids, soft, 0.5, np.zeros(ids.shape), ids)
+        contexts = [encoded(ops, config, past) for past in pasts]
+        step = model.refine(contexts, ids, soft, 0.5, np.zeros(ids.shape), ids)
         return [ops.read.pop(), step.soft]
 
     arrays, table = arrays_of(given), {id(x) for x in arrays_of(weights.embed)}
-    return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=True)
+    return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=rows == 1)
+
+
+def encoded(ops: MlxOps, config: Config, new: list[KV]) -> Context:
+    """A context as a prefill leaves it whose keys and values [G, n, C] are `new`, by layer."""
+    context = Context(ops, config)
+    context.append(new)
+    return context
 
 
 def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:

@@ -39,7 +39,7 @@ class Step:
         ]
         count = Count()
         with as_on_metal():
-            with mock.patch.object(Region, "live", True):
+            with mock.patch.object(Region, "live", not self.compiled):
                 graph = trace(self.function, *self.arrays)
             Walk(Fusion(graph).run() if self.compiled else graph, count).run(views)
         return count, sum(self.arrays[index].nbytes for index in self.table)

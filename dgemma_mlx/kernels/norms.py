@@ -5,7 +5,7 @@ has a row of D, a simdgroup a head. Everything inside is float32 and each output
 operations on bfloat16 make up to four launches a norm and round between them. The price: D, C and the numbers
 of heads are compiled in, so every size is a kernel of its own. The plain twins are the composites.
 
-    B rows of a batch  L positions  D hidden  H heads  G KV heads  C head size
+    N tokens  D hidden  H heads  G KV heads  C head size
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ def heads(
     eps: float,
     rotary: tuple[mx.array, mx.array],
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`Ops.heads` of its products y [B, L, ·] -> q [B, H, L, C], k and v [B, G, L, C] in y's type.
+    """`Ops.heads` of its products y [N, ·] -> q [H, N, C], k and v [G, N, C] in y's type.
 
     y has q, k and v side by side in so many `columns`: H·C, G·C and G·C, or only two where V is made of
-    K's. Norms are [C], C even; `rotary` is cos and sin [B, 1, L, C/2], as `layers.rotary` makes them.
+    K's. Norms are [C], C even; `rotary` is cos and sin [N, C/2], as `layers.rotary` makes them.
     """
-    B, L, width = y.shape
+    N, width = y.shape
     C = q_norm.shape[0]
     H, G = columns[0] // C, columns[1] // C
     assert C % 2 == 0 and columns in ((H * C, G * C), (H * C, G * C, G * C)), (columns, C)
     assert width == sum(columns) and k_norm.shape == (C,), (y.shape, columns, k_norm.shape)
     cosines, sines = rotary
-    assert cosines.shape == sines.shape == (B, 1, L, C // 2), (y.shape, cosines.shape)
-    threads = 32 * B * L * (H + 2 * G)
+    assert cosines.shape == sines.shape == (N, C // 2), (y.shape, cosines.shape)
+    threads = 32 * N * (H + 2 * G)
     q, k, v = HEADS(
         y,
         q_norm,
@@ -103,7 +103,7 @@ def heads(
         mx.array(eps),
         grid=(threads, 1, 1),
         group=(min(threads, THREADS), 1, 1),
-        shapes=((B, H, L, C), (B, G, L, C), (B, G, L, C)),
+        shapes=((H, N, C), (G, N, C), (G, N, C)),
         dtypes=(y.dtype,) * 3,
         T=y.dtype,
         C=C,
@@ -269,13 +269,13 @@ HEADS = Kernel(
     constexpr int HALF = C / 2, R = (HALF + 31) / 32;
     constexpr uint ALL = H + 2 * G;
     const int lane = int(thread_index_in_simdgroup);
-    const uint L = uint(y_shape[1]), width = uint(y_shape[2]) / C;
+    const uint N = uint(y_shape[0]), width = uint(y_shape[1]) / C;
     const uint place = thread_position_in_grid.x / 32 / ALL, slot = thread_position_in_grid.x / 32 % ALL;
     const bool query = slot < H, value = slot >= H + G;
     const uint head = query ? slot : (slot - H) % G;
     // Where V has no columns of its own, the last ones are K's.
     const size_t from = (size_t(place) * width + (value ? width - G + head : slot)) * C;
-    const size_t to = ((size_t(place / L) * (query ? H : G) + head) * L + place % L) * C;
+    const size_t to = (size_t(head) * N + place) * C;
     const size_t turn = size_t(place) * HALF;
     device T* out = query ? queries : value ? values : keys;
     float v[R], w[R];

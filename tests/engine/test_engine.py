@@ -17,9 +17,9 @@ from dgemma.engine import sampler
 from dgemma.engine.events import Event
 from dgemma.model import Model
 from dgemma.network import graph
-from dgemma.network.cache import Cache
+from dgemma.network.context import Context
 from dgemma.network.numpy_ops import NumpyOps
-from dgemma.network.runner import Context, Seen
+from dgemma.network.runner import Seen
 from tests.compare import backends, make
 from tests.oracle import oracle, our_model, tokens
 
@@ -58,21 +58,22 @@ class Script:
     model: Model
     settles: dict[int, int]  # len(prompt) % CANVAS -> first call with the final canvas, from 1
     rows: list[int] = field(default_factory=list)  # rows of every call
-    calls: int = 0  # on this canvas
+    calls: dict[int, int] = field(default_factory=dict)  # on a row's canvas
 
     def __post_init__(self) -> None:
         self.see: Callable[..., Seen] = self.model.see
         self.model.see = self  # type: ignore[method-assign]
 
-    def __call__(self, context: Context, canvas: np.ndarray, soft: Any, *rest: Any, **options: Any) -> Seen:
-        self.calls = 1 if soft is None else self.calls + 1
+    def __call__(self, contexts: list[Context], canvas: np.ndarray, soft: list[Any], *rest: Any) -> Seen:
         self.rows.append(len(canvas))
-        seen = self.see(context, canvas, soft, *rest, **options)
+        seen = self.see(contexts, canvas, soft, *rest)
         argmax = seen.argmax.copy()
-        for row, length in enumerate(context.lengths):
-            argmax[row] = self.canvas(int(length))
-            if self.calls < self.settles[length % CANVAS]:
-                argmax[row, 0] = 100 + self.calls
+        for row, (context, signal) in enumerate(zip(contexts, soft, strict=True)):
+            key = context.length % CANVAS
+            self.calls[key] = 1 if signal is None else self.calls[key] + 1
+            argmax[row] = self.canvas(context.length)
+            if self.calls[key] < self.settles[key]:
+                argmax[row, 0] = 100 + self.calls[key]
         return replace(seen, argmax=argmax)
 
     @staticmethod
@@ -110,8 +111,7 @@ def check_row(events: list[Event], row: int, steps: int) -> list[int]:
 def test_event_order(model: Model) -> None:
     events = list(model.generate(PROMPTS, seed=1, max_new_tokens=40))
     prefill = [event for event in events if isinstance(event, Prefill)]
-    assert events[: len(prefill)] == prefill and prefill[-1] == Prefill(21, 21)
-    assert [event.done for event in prefill] == sorted({event.done for event in prefill})
+    assert prefill == [Prefill(row, len(prompt), len(prompt)) for row, prompt in enumerate(PROMPTS)]
     for row in range(3):
         assert len(check_row(events, row, steps=5)) == 40
     steps = [(event.canvas, event.step, event.row) for event in events if isinstance(event, Draft)]
@@ -148,7 +148,8 @@ def test_sparse_rows_are_not_looked_for_after_most_were_dense(
 ) -> None:
     bounds, see = [], exact.see
 
-    def scripted(*args: Any, soft_bound: float) -> Seen:
+    def scripted(*args: Any) -> Seen:
+        soft_bound = args[5]
         bounds.append(soft_bound)
         missing = np.where(np.arange(CANVAS) < dense * CANVAS, 0, 0.05)[None] if soft_bound else None
         return replace(see(*args), missing=missing)
@@ -176,20 +177,20 @@ def test_loop_by_hand(exact: Model) -> None:
     """One row: temperatures, noise, self-conditioning and commits as the model's description has them."""
     config = exact.generation.override(max_new_tokens=3 * CANVAS)
     drafts = [e for e in exact.generate([PROMPTS[0]], seed=9, max_new_tokens=48) if isinstance(e, Draft)]
-    rows = tuple(sampler.row_ids([PROMPTS[0]]))
-    context, at = exact.encode([PROMPTS[0]]), 0
+    contexts, at = exact.encode([PROMPTS[0]]), 0
     for canvas_number in range(3):
-        noise = sampler.Noise(9, rows, canvas_number, exact.config.vocab_size)
-        canvas, soft = noise.start(5, CANVAS), None
+        noise = sampler.Noise(9, sampler.row_id(PROMPTS[0]), canvas_number, exact.config.vocab_size)
+        canvas, soft = noise.start(5, CANVAS)[None], None
         for n in (5, 4, 3, 2, 1):
             tau = config.t_min + (config.t_max - config.t_min) * n / 5
-            step = exact.refine(context, canvas, soft, tau, *noise.draw(n, CANVAS))
+            uniforms, fresh = noise.draw(n, CANVAS)
+            step = exact.refine(contexts, canvas, soft, tau, uniforms[None], fresh[None])
             canvas, soft = step.canvas, step.soft
             np.testing.assert_array_equal(drafts[at].tokens, step.argmax[0], f"draft {at}")
             np.testing.assert_array_equal(drafts[at].accepted, step.accepted[0], f"draft {at}")
             np.testing.assert_allclose(drafts[at].entropy, step.entropy[0], rtol=1e-6)
             at += 1
-        context = exact.encode(step.argmax.tolist(), context)
+        contexts = exact.encode(step.argmax.tolist(), contexts)
     assert at == len(drafts) == 15
 
 
@@ -244,12 +245,14 @@ def test_rows_stop_apart(model: Model) -> None:
 
 
 def test_rows_of_unequal_canvases_go_on_together(model: Model) -> None:
-    """After rows stopped apart, the next canvas has all of them again, each on its own text."""
-    Script(model, {21 % CANVAS: 3, 4: 1, 13: 2})
+    """No row waits for another, so that they are on different canvases of one pass."""
+    script = Script(model, {21 % CANVAS: 3, 4: 1, 13: 2})
     events = list(model.generate(PROMPTS, seed=0, steps=10, max_new_tokens=40, **CONFIDENT))
     for row, prompt in enumerate(PROMPTS):
         whole = np.concatenate([Script.canvas(len(prompt) + CANVAS * n) for n in range(3)])
         assert check_row(events, row, steps=10) == whole[:40].tolist()
+    # 4, 2 and 3 steps a canvas, three canvases each.
+    assert script.rows == [3] * 6 + [2] * 3 + [1] * 3
 
 
 def test_replies_end_apart(model: Model) -> None:
@@ -275,27 +278,27 @@ def test_steps_end_a_canvas(model: Model) -> None:
 def test_last_canvas_is_not_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing would read it: two canvases cost the prompt's pass and one more."""
     # Of the model, not of the graph: a compiled pass runs no Python of the graph a second time.
-    encode, passes = Model._encode, []
+    extend, passes = Model.extend, []
 
-    def count(self: Model, tokens: np.ndarray, *rest: Any) -> Any:
-        passes.append(tokens.shape)
-        return encode(self, tokens, *rest)
+    def count(self: Model, contexts: list[Context], rows: list[np.ndarray]) -> None:
+        passes.append([len(row) for row in rows])
+        extend(self, contexts, rows)
 
-    monkeypatch.setattr(Model, "_encode", count)
+    monkeypatch.setattr(Model, "extend", count)
     replies(model, PROMPTS[:2], max_new_tokens=CANVAS)
-    assert passes == [(2, 21)]
+    assert passes == [[21, 4]]
     passes.clear()
     replies(model, PROMPTS[:2], max_new_tokens=CANVAS + 1)
-    assert passes == [(2, 21), (2, CANVAS)]
+    assert passes == [[21, 4], [CANVAS, CANVAS]]
 
 
 def test_a_reply_never_has_its_context_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Canvases are added in place: nobody forks, which would keep what was there before."""
 
-    def fork(self: Any, rows: Any = None) -> Any:
+    def fork(self: Any) -> Any:
         raise AssertionError("the context was copied")
 
-    monkeypatch.setattr(Cache, "fork", fork)
+    monkeypatch.setattr(Context, "fork", fork)
     (done,) = replies(model, PROMPTS[:1], max_new_tokens=3 * CANVAS)
     assert done.stats.canvases > 1
 

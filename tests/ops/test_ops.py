@@ -148,18 +148,20 @@ def test_softmax(ops: Ops, rng: np.random.Generator):
         close(p.sum(axis), np.ones(x.shape[1 - axis]), 1e-5, "sum of softmax")
 
 
-@pytest.mark.parametrize("offsets", [(0, 3, 9), (-20, -1, 0), (150_000, 131_071, 5)])
-def test_rope(ops: Ops, rng: np.random.Generator, offsets: tuple[int, ...]):
+@pytest.mark.parametrize("starts", [(0, 3, 9), (150_000, 131_071, 5)])
+def test_rope(ops: Ops, rng: np.random.Generator, starts: tuple[int, ...]):
+    """Tokens of rows that start anywhere, one row behind the other."""
     C, L = 32, 7
     frequencies = 1e4 ** (-2.0 * np.arange(C // 2) / C)
     frequencies[10:] = 0  # these pairs do not rotate
-    (x,), (rx,) = pair(ops, rng.standard_normal((3, 2, L, C)))
+    positions = np.concatenate([start + np.arange(L) for start in starts])
+    (x,), (rx,) = pair(ops, rng.standard_normal((2, len(positions), C)))
     wide = ops.aswide(frequencies)
-    y = rope(ops, x, rotary(ops, ops.asarray(np.array(offsets)), L, wide))
+    y = rope(ops, x, rotary(ops, ops.asarray(positions), wide))
     assert y.dtype == x.dtype
-    exact = rotary(REFERENCE, np.array(offsets), L, REFERENCE.asarray(ops.to_numpy(wide)))
+    exact = rotary(REFERENCE, positions, REFERENCE.asarray(ops.to_numpy(wide)))
     # float32 rounds an angle by half an EPS of its size, and the angle is the position in pair 0.
-    angle = EPS["float32"] * max(abs(offset) + L for offset in offsets)
+    angle = EPS["float32"] * positions.max()
     close(ops.to_numpy(y), rope(REFERENCE, rx, exact), tolerance(ops, 1) + angle, "rope")
     still = np.r_[10 : C // 2, C // 2 + 10 : C]
     assert np.array_equal(ops.to_numpy(y)[..., still], rx[..., still])
@@ -167,114 +169,105 @@ def test_rope(ops: Ops, rng: np.random.Generator, offsets: tuple[int, ...]):
 
 # ---- attention ----------------------------------------------------------------------------------
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "canvas": {"L": 5, "S": 12},
-    "canvas, ragged": {"L": 5, "S": 12, "pad": (0, 7)},
-    "canvas of padding": {"L": 6, "S": 6, "pad": (4, 0)},
-    "causal": {"L": 9, "S": 9, "causal": True},
-    "causal after a past": {"L": 5, "S": 14, "causal": True},
-    "one query": {"L": 1, "S": 14, "causal": True, "window": 4},
-    "causal, ragged": {"L": 9, "S": 9, "causal": True, "pad": (4, 0)},
-    "ragged past": {"L": 4, "S": 11, "causal": True, "pad": (9, 3)},
-    "window": {"L": 11, "S": 11, "causal": True, "window": 4},
-    "window of one": {"L": 6, "S": 6, "causal": True, "window": 1},
-    "window as long": {"L": 8, "S": 8, "causal": True, "window": 8},
-    "window longer": {"L": 8, "S": 8, "causal": True, "window": 50},
-    "window after a past": {"L": 9, "S": 12, "causal": True, "window": 4},
-    "window, ragged": {"L": 11, "S": 11, "causal": True, "window": 4, "pad": (3, 10)},
-    "window of no effect on a canvas": {"L": 5, "S": 12, "window": 4},
+# L queries, the last of S tokens, and what they may see.
+SHAPES: dict[str, tuple[int, int, Mask]] = {
+    "canvas": (5, 12, Mask()),
+    "canvas alone": (6, 6, Mask()),
+    "causal": (9, 9, Mask(True)),
+    "causal after a past": (5, 14, Mask(True)),
+    "one query": (1, 14, Mask(True, 4)),
+    "window": (11, 11, Mask(True, 4)),
+    "window of one": (6, 6, Mask(True, 1)),
+    "window as long": (8, 8, Mask(True, 8)),
+    "window longer": (8, 8, Mask(True, 50)),
+    "window after a past": (9, 12, Mask(True, 4)),
+    "window of no effect on a canvas": (5, 12, Mask(False, 4)),
 }
 HEADS = [(4, 4), (4, 2), (4, 1)]
 
 
-def setting(L: int, S: int, causal: bool = False, window: int | None = None, pad: tuple[int, ...] = ()):
-    return L, S, causal, window, np.array(pad) if pad else None
-
-
-def seen(L: int, S: int, causal: bool, window: int | None, pad: int) -> np.ndarray:
-    """model.md's words, one pair at a time: which of S slots each of the last L may look at."""
-    mask = np.zeros((L, S), bool)
+def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: Mask) -> np.ndarray:
+    """model.md's words, one pair at a time: which of S keys each of the last L tokens may look at."""
+    L, S = q.shape[1], k.shape[1]
+    seen = np.zeros((L, S), bool)
     for i in range(L):
-        q = S - L + i
+        at = S - L + i
         for j in range(S):
-            past = not causal or (j <= q and (window is None or q - window < j))
-            mask[i, j] = past and (j >= pad or j == q)
-    return mask
+            seen[i, j] = not mask.causal or (j <= at and (mask.window is None or at - mask.window < j))
+    shared = len(q) // len(k)
+    k, v = np.repeat(k, shared, 0), np.repeat(v, shared, 0)
+    e = np.where(seen, np.exp(q @ k.swapaxes(1, 2)), 0)
+    return e / e.sum(-1, keepdims=True) @ v
 
 
-@pytest.mark.parametrize("case", SHAPES)
-def test_attention_is_what_model_md_says(any_ops: Ops, rng: np.random.Generator, case: str):
-    L, S, causal, window, pad = setting(**SHAPES[case])
-    q, k, v = (rng.standard_normal((2, 2, n, 8)) for n in (L, S, S))
-    device = (any_ops.asarray(x) for x in (q, k, v))
-    y = any_ops.attention(*device, Mask(None if pad is None else any_ops.asarray(pad), causal, window))
-    for b in range(2):
-        mask = seen(L, S, causal, window, 0 if pad is None else pad[b])
-        e = np.where(mask, np.exp(q[b] @ k[b].swapaxes(1, 2)), 0)
-        close(any_ops.to_numpy(y)[b], e / e.sum(-1, keepdims=True) @ v[b], 1e-5, f"{case}, row {b}")
+def attention_tolerance(ops: Ops, q: np.ndarray, k: np.ndarray, roundings: int) -> float:
+    """For q [H, L, C] and k [G, S, C]: weights, output and what else is rounded.
+
+    A rounded score (some kernels keep them in bfloat16) moves its weight by the score's error, and the sum of
+    weights by as much.
+    """
+    return tolerance(ops, roundings + 2 * np.abs(q @ np.repeat(k, len(q) // len(k), 0).swapaxes(1, 2)).max())
 
 
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("block", [None, 2])
 def test_attention(ops: Ops, rng: np.random.Generator, case: str, heads: tuple[int, int], block: int | None):
-    L, S, causal, window, pad = setting(**SHAPES[case])
+    (L, S, mask), (H, G) = SHAPES[case], heads
     if block is not None and hasattr(ops, "score_bytes"):  # else queries are never split
-        ops.score_bytes = 4 * 2 * heads[0] * block * S
-    shapes = ((heads[0], L), (heads[1], S), (heads[1], S))
-    (q, k, v), reference = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
-    y = ops.attention(q, k, v, Mask(None if pad is None else ops.asarray(pad), causal, window))
+        ops.score_bytes = 4 * H * block * S
+    (q, k, v), exact = pair(ops, *(0.5 * rng.standard_normal((*n, 16)) for n in ((H, L), (G, S), (G, S))))
+    y = ops.attention(q, k, v, mask)
     assert y.dtype == q.dtype
-    # A rounded score (some kernels keep them in bfloat16) moves its weight by the score's error, and the
-    # sum of weights by as much; then weights and output are rounded.
-    scores = np.abs(reference[0] @ np.repeat(reference[1], heads[0] // heads[1], 1).swapaxes(2, 3)).max()
-    expected = REFERENCE.attention(*reference, Mask(pad, causal, window))
-    close(ops.to_numpy(y), expected, tolerance(ops, 2 + 2 * scores), case)
+    expected = exact_attention(*exact, mask)
+    close(REFERENCE.attention(*exact, mask), expected, 1e-12, f"{case}, definition")
+    close(ops.to_numpy(y), expected, attention_tolerance(ops, exact[0], exact[1], 2), case)
 
 
-@pytest.mark.parametrize("case", [case for case, shape in SHAPES.items() if "pad" in shape])
-def test_padding_does_not_leak(ops: Ops, rng: np.random.Generator, case: str):
-    """Keys and values of padding are finite (made from token 0), so a weight of zero hides them."""
-    L, S, causal, window, pad = setting(**SHAPES[case])
-    q, k, v = (rng.standard_normal((2, 2, n, 16)) for n in (L, S, S))
-    dirty = [x.copy() for x in (k, v)]
-    for x in dirty:
-        for b in range(2):
-            x[b, :, : pad[b]] = 1e4 * rng.standard_normal(x[b, :, : pad[b]].shape)
-    run = [
-        ops.to_numpy(ops.attention(*map(ops.asarray, (q, *kv)), Mask(ops.asarray(pad), causal, window)))
-        for kv in ((k, v), dirty)
-    ]
-    for b in range(2):
-        tokens = slice(max(0, pad[b] - (S - L)), None)
-        assert np.array_equal(run[0][b, :, tokens], run[1][b, :, tokens])
-    assert np.isfinite(run[1]).all()
+# Rows as the layers have them: each one's new tokens, and the pieces of its past. Full layers have pieces of
+# any sizes; sliding ones have one, of window − 1 tokens at most.
+ROWS: dict[str, tuple[Mask, list[tuple[int, tuple[int, ...]]]]] = {
+    "canvases": (Mask(), [(5, (30,)), (5, ()), (5, (7, 1, 22)), (5, (3, 9))]),
+    "canvases, sliding": (Mask(False, 8), [(5, (7,)), (5, (2,)), (5, ())]),
+    "one canvas": (Mask(), [(5, (8, 8, 8, 6))]),
+    "one canvas, one piece": (Mask(), [(5, (30,))]),
+    "prompts": (Mask(True), [(9, ()), (1, (13, 4)), (4, (6,)), (1, ())]),
+    "prompts, sliding": (Mask(True, 8), [(11, (7,)), (1, (7,)), (3, ()), (20, (2,))]),
+    "one prompt": (Mask(True), [(6, (5, 17))]),
+}
 
 
+@pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("pad", [None, (0, 19)], ids=["", "ragged"])
 @pytest.mark.parametrize("slots", [None, 8])
-def test_a_canvas_over_its_past(
-    ops: Ops,
-    rng: np.random.Generator,
-    heads: tuple[int, int],
-    pad: tuple[int, ...] | None,
-    slots: int | None,
+def test_rows_over_their_pasts(
+    ops: Ops, rng: np.random.Generator, case: str, heads: tuple[int, int], slots: int | None
 ):
-    """`attend`; MLX weighs so many slots of the past at once at most, here all 30 or eight, and merges."""
-    (H, G), L, P = heads, 5, 30
+    """`attend`: each row sees its own past and itself. MLX weighs so many keys at once, and merges."""
+    (mask, rows), (H, G) = ROWS[case], heads
+    lengths = [n for n, _ in rows]
     if slots is not None and hasattr(ops, "score_bytes"):
-        ops.score_bytes = 4 * 2 * H * L * slots
-    shapes = ((H, L), (G, L), (G, L), (G, P), (G, P))
-    (q, k, v, *past), exact = pair(ops, *(0.5 * rng.standard_normal((2, *shape, 16)) for shape in shapes))
-    hidden = None if pad is None else np.array(pad)
-    y = ops.attend(q, (k, v), tuple(past), Mask(None if pad is None else ops.asarray(hidden)))
-    assert y.dtype == q.dtype
-    expected = REFERENCE.attend(exact[0], exact[1:3], exact[3:], Mask(hidden))
-    # As in `test_attention`; the sums over the past and over the canvas are rounded apart.
-    keys = np.repeat(np.concatenate([exact[3], exact[1]], 2), H // G, 1)
-    scores = np.abs(exact[0] @ keys.swapaxes(2, 3)).max()
-    close(ops.to_numpy(y), expected, tolerance(ops, 3 + 2 * scores), f"canvas, {slots} slots at once")
+        ops.score_bytes = 4 * H * max(lengths) * slots
+
+    def draw(heads: int, n: int) -> tuple[Any, np.ndarray]:
+        (device,), (exact,) = pair(ops, 0.5 * rng.standard_normal((heads, n, 16)))
+        return device, exact
+
+    (q, exact_q), *own = (draw(heads, sum(lengths)) for heads in (H, G, G))
+    past = [[(draw(G, n), draw(G, n)) for n in pieces] for _, pieces in rows]
+    layer = [[(k[0], v[0]) for k, v in pieces] for pieces in past]
+    y = ops.attend(q, (own[0][0], own[1][0]), ops.pasts([layer], lengths)[0], lengths, mask)
+    assert y.dtype == q.dtype and tuple(y.shape) == (H, sum(lengths), 16)
+    start = 0
+    for row, (n, pieces) in enumerate(zip(lengths, past, strict=True)):
+        at = slice(start, start := start + n)
+        k, v = (
+            np.concatenate([*(piece[part][1] for piece in pieces), own[part][1][:, at]], 1) for part in (0, 1)
+        )
+        expected = exact_attention(exact_q[:, at], k, v, mask)
+        # The sums over a past and over the row itself are rounded apart.
+        rtol = attention_tolerance(ops, exact_q[:, at], k, 3)
+        close(ops.to_numpy(y)[:, at], expected, rtol, f"{case}, row {row}, {slots} keys at once")
 
 
 # ---- experts ------------------------------------------------------------------------------------
@@ -376,7 +369,7 @@ def test_mlx_never_has_all_scores_at_once():
 
     ops, scores = MlxOps(), 4 * 4 * 256 * 1024
     ops.score_bytes = scores // 16
-    q, k = mx.ones((1, 4, 256, 8)), mx.ones((1, 1, 1024, 8))
+    q, k = mx.ones((4, 256, 8)), mx.ones((1, 1024, 8))
     mx.eval(q, k)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -458,11 +451,12 @@ FORMS = {
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("forms", FORMS)
 def test_heads(any_ops: Ops, rng: np.random.Generator, forms: str, biased: bool, own_v: bool):
-    """Whatever a backend makes of the matrices when they are loaded; rows of a batch start anywhere."""
-    H, G, C, L = 4, 2, 6, 5
+    """Whatever a backend makes of the matrices when they are loaded; tokens stand at any positions."""
+    H, G, C = 4, 2, 6
+    positions = np.array([7, 8, 9, 0, 1, 41, 2])
     matrices = [stored(any_ops, rng, n * C, form) for n, form in zip((H, G, G), FORMS[forms], strict=True)]
     vectors = [rng.standard_normal(n).astype(np.float32) for n in (C, C, H * C, G * C, G * C)]
-    x = rng.standard_normal((2, L, 64)).astype(np.float32)
+    x = rng.standard_normal((len(positions), 64)).astype(np.float32)
     frequencies = (10.0 ** -np.arange(C // 2)).astype(np.float32)
 
     def run(ops: Ops, place: Callable[[np.ndarray], Any], which: int) -> list[np.ndarray]:
@@ -470,13 +464,13 @@ def test_heads(any_ops: Ops, rng: np.random.Generator, forms: str, biased: bool,
         q_norm, k_norm, *biases = map(place, vectors)
         w = AttentionWeights(q, k, None, q_norm, k_norm, v if own_v else None)
         bias = BiasWeights(*biases[: 3 if own_v else 2]) if biased else BiasWeights()
-        turned = rotary(ops, ops.asarray(np.array([7, -2])), L, place(frequencies))
+        turned = rotary(ops, ops.asarray(positions), place(frequencies))
         w = ops.layer_weights(layer_of(ops, attention=w, bias=bias)).attention
         given = place(x), w, bias, 1e-6, turned
         return [ops.to_numpy(y) for y in (*ops.heads(*given), *ops.keys_values(*given))]
 
     expected = run(REFERENCE, lambda y: y.astype(np.float64), 1)
-    assert [y.shape for y in expected] == [(2, H, L, C), *[(2, G, L, C)] * 4]
+    assert [y.shape for y in expected] == [(H, len(positions), C), *[(G, len(positions), C)] * 4]
     for found, wanted, what in zip(run(any_ops, any_ops.aswide, 0), expected, "qkvkv", strict=True):
         close(found, wanted, 1e-5, what)
 

@@ -31,19 +31,20 @@ class Context:
         self._shared = False  # whether another context may hold the last piece of full layers
 
     def append(self, new: Sequence[KV]) -> None:
-        """Add each layer's keys and values [G, n, C] behind the old ones, in memory of their own.
+        """Copy each layer's keys and values [G, n, C] behind the old ones.
 
         Layers go one by one, so memory holds one layer's last piece twice.
         """
         assert len(new) == len(self._layers), (len(new), len(self._layers))
-        self.length += new[0][0].shape[1]
-        for index, (layer, kv) in enumerate(zip(self.config.layers, new, strict=True)):
-            pieces = self._layers[index]
+        n = new[0][0].shape[1]
+        self.length += n
+        for layer, pieces, kv in zip(self.config.layers, self._layers, new, strict=True):
             if layer.past is None:
                 self._grow(pieces, kv)
             else:
-                pieces[:] = [last(self._joined(pieces, kv), layer.past + self.slack)]
-            self.ops.settle(pieces[-1:])  # lazy arrays would wait for each other
+                kept = layer.past + self.slack
+                pieces[:] = [self._joined([last(x, max(0, kept - n)) for x in pieces], last(kv, kept))]
+            self.ops.settle(pieces)  # lazy arrays would wait for each other
         self._shared = False
 
     def _grow(self, pieces: list[KV], new: KV) -> None:
@@ -55,12 +56,16 @@ class Context:
         if room > 0:
             pieces[-1] = self._joined(pieces[-1:], cut(new, 0, min(n, room)))
         for start in range(max(0, room), n, most):
-            pieces.append(cut(new, start, min(n, start + most)) if start or most < n else new)
+            pieces.append(self._joined([], cut(new, start, min(n, start + most))))
 
     def _joined(self, pieces: Sequence[KV], new: KV) -> KV:
-        """Pieces and new keys and values [G, n, C] as one piece."""
-        k, v = zip(*pieces, new, strict=True)
-        return (self.ops.concat(k, 1), self.ops.concat(v, 1)) if pieces else new
+        """Pieces and new keys and values [G, n, C] as one piece.
+
+        It has memory of its own: a view would hold all that it is cut from. So something is always joined, as
+        no backend need copy a single part.
+        """
+        k, v = zip(cut(new, 0, 0), *pieces, new, strict=True)
+        return self.ops.concat(k, 1), self.ops.concat(v, 1)
 
     def read(self) -> list[Past]:
         """What canvases and later tokens see, by layer: all on full layers, window − 1 on sliding ones.

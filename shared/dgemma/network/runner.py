@@ -109,13 +109,7 @@ class Runner:
         stop = 0
         for context, n in zip(contexts, lengths, strict=True):
             stop += n
-            context.append(new if len(rows) == 1 else [self._own(kv, stop - n, stop) for kv in new])
-
-    def _own(self, kv: KV, start: int, stop: int) -> KV:
-        """Tokens of keys and values [G, n, C] as new arrays: views would hold all that they are cut from."""
-        parts = zip(cut(kv, start, start), cut(kv, start, stop), strict=True)
-        k, v = (self.ops.concat(pair, 1) for pair in parts)
-        return k, v
+            context.append([cut(kv, stop - n, stop) for kv in new])
 
     def _pasts(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Any:
         """What `Ops.attend` reads of contexts, by layer, for rows of so many new tokens."""
