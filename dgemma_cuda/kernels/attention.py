@@ -135,12 +135,10 @@ def table(layers: Sequence[Sequence[Past]], lengths: Sequence[int], device: torc
 
 def _entry(k: Tensor, v: Tensor, start: int) -> list[int]:
     """The numbers of a piece that begins with token `start` of its row."""
-    (G, n, C), step = k.shape, k.stride(0)
-    for x in (k, v):
-        lies = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), (step, C, 1), strict=True))
-        assert lies and x.shape == k.shape, (x.shape, x.stride(), step)
-    before = start * C * k.element_size()
-    return [k.data_ptr() - before, v.data_ptr() - before, start + n, step]
+    (_, n, C), steps = k.shape, k.stride()
+    assert v.stride() == steps and steps[1:] == (C, 1), (steps, v.stride())
+    before = start * C * k.itemsize
+    return [k.data_ptr() - before, v.data_ptr() - before, start + n, steps[0]]
 
 
 def attend(
