@@ -110,15 +110,15 @@ def _linear(ops: CudaOps, config: Config, form: Form, normal: Normal, generator:
 
 
 def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: Normal) -> Check:
-    """A canvas over its context in two pieces, in a layer of this kind, and one that has no context yet."""
+    """A canvas over its context in two pieces, in a layer of this kind, and a short row without any."""
     layer = next(layer for layer in config.layers if layer.kind == kind)
-    L, C, G = config.canvas_length, layer.head_dim, layer.kv_heads
+    lengths, C, G = (config.canvas_length, config.canvas_length // 8), layer.head_dim, layer.kv_heads
     slots = context if layer.past is None else min(context, layer.past)
-    q = normal(config.heads, 2 * L, C) * C**-0.5
-    own = normal(G, 2 * L, C), normal(G, 2 * L, C)
+    q = normal(config.heads, sum(lengths), C) * C**-0.5
+    own = normal(G, sum(lengths), C), normal(G, sum(lengths), C)
     sizes = slots // 3, slots - slots // 3
     past = [[(normal(G, n, C), normal(G, n, C)) for n in sizes], []]
-    (there,) = attention.table([past], (L, L), ops.device)
+    (there,) = attention.table([past], lengths, ops.device)
     mask = Mask(window=layer.window)
     nbytes = sum(x.nbytes for pair in (own, *past[0]) for x in pair) + 2 * q.nbytes
     return _timed(
@@ -127,8 +127,8 @@ def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: No
         f"heads of {C}",
         2**-6,
         nbytes,
-        lambda: attention.attend(q, own, there, (L, L), mask),
-        lambda: attention.attend_plain(q, own, past, (L, L), mask),
+        lambda: attention.attend(q, own, there, lengths, mask),
+        lambda: attention.attend_plain(q, own, past, lengths, mask),
     )
 
 

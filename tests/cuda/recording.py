@@ -43,7 +43,7 @@ def found(row: torch.Tensor, G: int, C: int, dtype: torch.dtype) -> list[Any]:
 
 
 class RecordingOps(CudaOps):
-    """The backend's recordings; contexts are looked up as the kernel does it, then PyTorch's attention runs."""
+    """The backend's recordings; contexts are looked up as the kernel does it, for PyTorch's attention."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
