@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one go: the selftest at the released geometry, recorded steps against
-# eager ones over contexts in pieces, the embedded model's answers, the benchmark in each format and beside transformers, the kernel
-# tests compiled and run. What matters most comes first, and the JSON file is rewritten after every step, so
-# that a run which is cut off leaves what it had. Needs no network and no installation: `python` must have
+# eager ones over contexts in pieces, the embedded model's answers, the benchmark in each format and beside
+# transformers, the kernel tests compiled and run. What matters most comes first, and the JSON file is rewritten
+# after every step, so that a run which is cut off leaves what it had. Needs no network and no installation: `python` must have
 # torch, triton, numpy, click, rich, jinja2, tokenizers and safetensors; pytest and transformers for their steps.
 #
 #     benchmarks/gpu_check.sh [OUT.json]

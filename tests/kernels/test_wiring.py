@@ -68,7 +68,7 @@ def test_a_checkpoint_runs_on_the_kernels(packed: Path, place: Any) -> None:
 
 
 def test_a_step_on_the_kernels(packed: Path, place: Any) -> None:
-    """Twice, the second conditioned on the first, over contexts of unequal lengths: all families of kernels."""
+    """Twice, the second conditioned on the first, over rows of unequal lengths: all families of kernels."""
     rng = np.random.default_rng(1)
     prompts, canvas = [rng.integers(0, 200, n).tolist() for n in (9, 4)], rng.integers(0, 200, (2, 4))
     uniforms, steps = rng.random(canvas.shape), []
