@@ -1,156 +1,168 @@
-"""Holes in a text are filled: the text stands on the canvas as pinned tokens, and the holes settle.
+"""Holes in a text are filled: what stands around them is pinned on the canvas as the model's reply.
 
-A hole's length is found by candidates, lengths as rows of one batch behind one context. The row wins whose final
-canvas has the highest mean log-probability: of all tokens of the text, pinned ones too, as it is the text behind
-a hole of the wrong length that protests. Padding does not count.
+A text that is longer than a canvas goes through a window: what precedes is encoded as context, what follows is
+pinned behind the hole as far as it reaches, and the rest of it stands in the prompt. Holes that are near share a
+canvas. Others get one each, from left to right, and what was filled is text for the next.
 
-L canvas positions  V vocabulary
+L canvas positions
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import numpy as np
+from dgemma.engine.candidates import DOUBT
+from dgemma.engine.fill import Filled, Filler, Window
+from dgemma.errors import PromptError
+from dgemma.text.holes import Gap, Hole, in_order
+from dgemma.text.wording import ELSEWHERE
 
-from dgemma.engine import sampler
-from dgemma.engine.candidates import Lengths, search
-from dgemma.engine.engine import Engine
-from dgemma.engine.events import Draft
-from dgemma.engine.request import FREE, Request
-from dgemma.settings import GenerationConfig
-from dgemma.text.holes import Gap, Seams
+Prompt = Callable[[str], list[int]]  # ids of the prompt, given the end of the text that no canvas has room for
 
-Watch = Callable[[int, int], None]  # of how many steps so many are made
+# Tokens of a hole at most, if nothing else is said: a canvas divided by it. As many must stand behind a hole
+# before another one shares its canvas.
+SHARE = 4
+# At which sides of holes the token beside them is spelled in letters, one after the other, while no candidate is
+# to be believed: a whole token may be one that never stands beside the right text.
+_CUTS: tuple[tuple[str, ...], ...] = ((), ("left",), ("right",), ("left", "right"))
 
 
 @dataclass(frozen=True)
-class Window:
-    """A canvas of a text with gaps, and what stands before it.
+class Filling:
+    """What a hole became: from `start` of the new text on stands `text`, of so many tokens. `score` is the mean
+    log-probability, in nats, of the canvas it stands on."""
 
-    `context` are the ids of the prompt and of the text before the canvas. `pieces` are ids that stand, one list
-    more than `gaps`; `reach` of the last ones count for the score, the text's stop token among them. What the
-    last piece leaves free is padding if the text `ends` there. `most` bounds each gap's length.
+    start: int
+    text: str
+    tokens: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Infilled:
+    """A text whose holes are filled, and what it took.
+
+    `steps` are the denoising steps of the canvases that were kept, `row_steps` those of all `candidates`.
     """
 
-    context: list[int]
-    pieces: list[list[int]]
-    gaps: list[Gap]
-    most: list[int]
-    reach: int
-    ends: bool
+    text: str
+    holes: tuple[Filling, ...]
+    canvases: int
+    steps: int
+    candidates: int
+    row_steps: int
+    seconds: float
+    seed: int
+    backend: str
 
-    def laid(self, lengths: Lengths, size: int, pad: int) -> Laid:
-        """The canvas [size] for gaps of these lengths."""
-        pins: list[int] = []
-        draft: list[int] = []
-        places: list[slice] = []
-        edges: list[tuple[int, int, str]] = []
-        for piece, gap, n in zip(self.pieces, self.gaps, lengths, strict=False):
-            pins += piece
-            start = len(pins)
-            left = [] if gap.left is None else [gap.left]
-            right = [] if gap.right is None else [gap.right]
-            edges += [(start, id, "left") for id in left]
-            edges += [(start + len(left) + n, id, "right") for id in right]
-            old = [*gap.draft[:n], *[FREE] * (n - len(gap.draft))]
-            draft += [FREE] * (start - len(draft)) + left + old + right
-            pins += [FREE] * (n + gap.edges)
-            places.append(slice(start, len(pins)))
-        scored = len(pins) + self.reach
-        pins += self.pieces[-1]
-        if self.ends:
-            pins += [pad] * (size - len(pins))
-        return Laid(pins[:size], draft, places, edges, scored)
+    def json(self) -> dict[str, Any]:
+        """All of it as one dictionary."""
+        return asdict(self)
 
 
-@dataclass(frozen=True)
-class Laid:
-    """One candidate's canvas: pins, draft, where its gaps are with their edges, and how many tokens count."""
+def infill(
+    filler: Filler, text: str, holes: Sequence[Hole], prompt: Prompt, most: int | None = None
+) -> Infilled:
+    """The text with its holes filled, each with at most `most` tokens; outside of them nothing changes.
 
-    pins: list[int]
-    draft: list[int]
-    places: list[slice]
-    edges: list[tuple[int, int, str]]  # position, token, side
-    scored: int
+    PromptError for holes that are none, that overlap or that are too long for a canvas, and for a text that is
+    too long for the model.
+    """
+    began, left = time.perf_counter(), in_order(text, holes)
+    most = filler.config.canvas_length // SHARE if most is None else most
+    done: list[Filling] = []
+    canvases: list[Filled] = []
+    while left:
+        window, found = _believed(filler, text, left, prompt, most)
+        canvases.append(found)
+        for gap, ids in zip(window.gaps, found.ids, strict=True):
+            hole = left.pop(0)
+            new = filler.seams.text(gap, ids, first=hole.start == 0)
+            text = text[: hole.start] + new + text[hole.stop :]
+            shift = len(new) - (hole.stop - hole.start)
+            left = [replace(one, start=one.start + shift, stop=one.stop + shift) for one in left]
+            done.append(Filling(hole.start, new, len(ids) - gap.edges, found.score))
+    return Infilled(
+        text=text,
+        holes=tuple(done),
+        canvases=len(canvases),
+        steps=sum(one.steps for one in canvases),
+        candidates=sum(one.candidates for one in canvases),
+        row_steps=sum(one.row_steps for one in canvases),
+        seconds=time.perf_counter() - began,
+        seed=filler.seed,
+        backend=filler.engine.runner.ops.name,
+    )
 
 
-class Edges:
-    """The constraint of one canvas: holes are written in text, and their edges keep what stands outside."""
+def _believed(
+    filler: Filler, text: str, holes: list[Hole], prompt: Prompt, most: int
+) -> tuple[Window, Filled]:
+    """The first window and the best that fills it; other cuts of its edges are tried while it is in doubt."""
+    tried: list[Window] = []
+    found: list[Filled] = []
+    for sides in _CUTS:
+        pieces, gaps = filler.seams.cut(text, holes, sides)
+        window = plan(filler, text, pieces, gaps, prompt, most)
+        if window not in tried:
+            tried.append(window)
+            found.append(filler.fill(window))
+        if found[-1].score >= DOUBT:
+            break
+    best = max(range(len(found)), key=lambda at: found[at].score)
+    total = Filled(
+        found[best].ids, found[best].score, found[best].steps,
+        sum(one.candidates for one in found), sum(one.row_steps for one in found),
+    )  # fmt: skip
+    return tried[best], total
 
-    def __init__(self, classes: np.ndarray, values: np.ndarray):
-        self._bias = classes, values
 
-    def bias(self, canvas: int, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        return self._bias
+def plan(
+    filler: Filler, text: str, pieces: list[list[int]], gaps: list[Gap], prompt: Prompt, most: int
+) -> Window:
+    """The window of the first hole, and of those behind it that have room on its canvas, too."""
+    L, stop = filler.config.canvas_length, filler.stop
+    fixed = sum(map(len, pieces)) + sum(gap.edges + (gap.hole.length or 0) for gap in gaps) + len(stop)
+    if fixed + most <= L:  # all of the text; holes share what room there is
+        return Window(
+            prompt(""), [*pieces[:-1], pieces[-1] + stop], gaps, _most(gaps, most), len(pieces[-1] + stop), True
+        )
+    taken, used = 1, _size(gaps[0], most)
+    if used >= L:
+        raise PromptError(
+            f"a hole of {used - gaps[0].edges} tokens does not fit on a canvas of {L}; lower its length"
+        )
+    while taken < len(gaps):
+        wider = used + len(pieces[taken]) + _size(gaps[taken], most)
+        if wider > L - L // SHARE:
+            break
+        taken, used = taken + 1, wider
+    more = gaps[taken:]
+    last = pieces[taken] + [gap.left for gap in more[:1] if gap.left is not None]
+    text_end = len(last)
+    last += [] if more else stop
+    reach = min(len(last), L - used)
+    split = max(0, len(pieces[0]) - (L - used - reach))
+    ends = [*(gap.hole.start for gap in more[1:]), len(text)]
+    rest = [filler.seams.spelled(last[min(reach, text_end) : text_end])]
+    rest += [text[gap.hole.stop : end] for gap, end in zip(more, ends, strict=False)]
+    return Window(
+        context=prompt(ELSEWHERE.join(rest)) + pieces[0][:split],
+        pieces=[pieces[0][split:], *pieces[1:taken], last],
+        gaps=gaps[:taken],
+        most=_most(gaps[:taken], most),
+        reach=reach,
+        ends=not more and reach == len(last),
+    )
 
-    def commit(self, canvas: int, tokens: np.ndarray) -> np.ndarray:
-        return tokens
+
+def _most(gaps: Sequence[Gap], most: int) -> list[int]:
+    return [most if gap.hole.length is None else gap.hole.length for gap in gaps]
 
 
-@dataclass
-class Tally:
-    """What filling took. `steps` are those of the candidates that were chosen, `rows` counts all candidates."""
-
-    steps: int = 0
-    rows: int = 0
-    row_steps: int = 0
-    scores: list[float] = field(default_factory=list)
-
-
-def fill(
-    engine: Engine, seams: Seams, window: Window, settings: GenerationConfig, seed: int, tally: Tally,
-    watch: Watch | None = None,
-) -> tuple[list[list[int]], float]:
-    """The ids of each gap, its edges included, and the score of the canvas they stand on."""
-    L, pad = engine.runner.config.canvas_length, engine.runner.config.pad_id
-    edges = sorted({(id, side) for gap in window.gaps
-                    for id, side in ((gap.left, "left"), (gap.right, "right")) if id is not None})
-    sets = [seams.written, *(seams.allowed(id, side) for id, side in edges)]
-    kinds, classes = np.unique(np.stack(sets).astype(np.int64), axis=1, return_inverse=True)
-    classes = np.asarray(classes).reshape(-1)
-    done: dict[Lengths, tuple[list[list[int]], int, float]] = {}
-
-    def score(candidates: list[Lengths]) -> list[float]:
-        laid = [window.laid(lengths, L, pad) for lengths in candidates]
-        handles = []
-        for one in laid:
-            which = np.zeros(L, np.int64)
-            for at, id, side in one.edges:
-                which[at] = 1 + edges.index((id, side))
-            values = np.where(kinds[which] > 0, 0.0, sampler.FORBIDDEN).astype(np.float32)
-            request = Request(window.context, settings, seed, pins=one.pins, draft=[],
-                              constraint=Edges(classes, values))
-            handles.append(engine.submit(request))
-        canvases, steps = [], []
-        for handle in handles:
-            last = None
-            for event in handle:
-                if isinstance(event, Draft):
-                    last = event
-                    if watch: watch(event.step, settings.steps)
-            canvases.append(last.tokens if last is not None else None)
-            steps.append(0 if last is None else last.step)
-        for at, one in enumerate(laid):
-            if canvases[at] is None:
-                canvases[at] = np.array(one.pins)
-        own = np.concatenate([engine.runner.score([context] * 1, np.stack([c])) for c in canvases])
-        scores = []
-        for lengths, one, tokens, n, logp in zip(candidates, laid, canvases, steps, own, strict=True):
-            mean = float(logp[: one.scored].mean())
-            ids = [tokens[place].tolist() for place in one.places]
-            texts = [seams.text(gap, x) for gap, x in zip(window.gaps, ids)]
-            if None in texts: mean -= 1e6
-            done[lengths] = ids, n, mean
-            scores.append(mean)
-            tally.rows += 1
-            tally.row_steps += n
-        return scores
-
-    context = engine.prefixes.find(window.context)
-    known = [gap.hole.length for gap in window.gaps]
-    lengths = search(known, window.most, [len(gap.draft) for gap in window.gaps], score)
-    ids, steps, mean = done[lengths]
-    tally.steps += steps
-    return ids, mean
+def _size(gap: Gap, most: int) -> int:
+    """Positions that a gap may take."""
+    return gap.edges + (most if gap.hole.length is None else gap.hole.length)

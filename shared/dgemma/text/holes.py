@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from dgemma.text.tokenizer import Tokenizer
 
 MARK = "<<>>"  # a hole; <<5>> is one of five tokens
 _MARKS = re.compile(r"<<([0-9]{0,9})>>")
+_TURN_END = "<turn|>"
 _BROKEN = "\ufffd"  # what decoders write for bytes of no character
 
 
@@ -83,12 +85,22 @@ def in_order(text: str, holes: Sequence[Hole]) -> list[Hole]:
             raise PromptError(f"a hole from {hole.start} to {hole.stop} is not in {len(text)} characters")
         if hole.length is not None and hole.length < 1:
             raise PromptError(f"a hole of {hole.length} tokens has nothing to fill")
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         if other.start <= one.stop:
             raise PromptError(
                 f"two holes overlap or touch at character {other.start}: text must stand between them"
             )
     return found
+
+
+def emptied(text: str, holes: Sequence[Hole]) -> tuple[str, list[Hole]]:
+    """The text without what its holes hold, and the holes in it."""
+    gone, parts, end, found = 0, [], 0, []
+    for hole in in_order(text, holes):
+        parts.append(text[end : hole.start])
+        found.append(replace(hole, start=hole.start - gone, stop=hole.start - gone))
+        gone, end = gone + hole.stop - hole.start, hole.stop
+    return "".join([*parts, text[end:]]), found
 
 
 # ---- tokens ----------------------------------------------------------------------------------------
@@ -127,12 +139,23 @@ class Seams:
         self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = False
         self._sets: dict[tuple[str, int], np.ndarray] = {}
 
-    def cut(self, text: str, holes: Sequence[Hole]) -> tuple[list[list[int]], list[Gap]]:
-        """The ids of the pieces that stand, one more than holes, and the gaps between them."""
+    def cut(
+        self, text: str, holes: Sequence[Hole], letters: Sequence[str] = ()
+    ) -> tuple[list[list[int]], list[Gap]]:
+        """The ids of the pieces that stand, one more than holes, and the gaps between them.
+
+        On the sides of holes, "left" or "right", that `letters` names, the token beside a hole is written letter
+        by letter.
+        """
         holes = in_order(text, holes)
         edges = [0, *(place for hole in holes for place in (hole.start, hole.stop)), len(text)]
         parts = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
         pieces = [self.tokenizer.encode_text(part.removeprefix("\ufeff"))[0] for part in parts]
+        for before, after in pairwise(pieces):
+            if "left" in letters and before:
+                before[-1:] = self._letters(before[-1])
+            if "right" in letters and after:
+                after[:1] = self._letters(after[0])
         gaps = [Gap(hole, draft=self._ids(text[hole.start : hole.stop])) for hole in holes]
         for at, gap in enumerate(gaps):
             # A piece gives one token to an edge at most, and keeps one between two holes.
@@ -143,6 +166,20 @@ class Seams:
                 gap = replace(gap, right=after.pop(0))
             gaps[at] = gap
         return pieces, gaps
+
+    def _letters(self, id: int) -> list[int]:
+        """The ids of a token's text, letter by letter; the token itself where they are not its text."""
+        ids = [letter for char in self.texts[id] for letter in self._ids(char)]
+        return ids if self.spelled(ids) == self.texts[id] else [id]
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """The text of ids that follow other text."""
+        return self._decoder.text_inside(ids)
+
+    def turn_end(self, stop_ids: Sequence[int]) -> list[int]:
+        """The stop token behind a whole text; none if the model has no stop tokens."""
+        usual = self.tokenizer.raw.token_to_id(_TURN_END)
+        return [usual] if usual in stop_ids else list(stop_ids[:1])
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode_text(text)[0])
@@ -163,13 +200,17 @@ class Seams:
             self._sets[key][id] = True
         return self._sets[key]
 
-    def text(self, gap: Gap, ids: Sequence[int], first: bool = False) -> str | None:
-        """The text in a gap whose ids, those of its edges included, are these; None if it is no text.
+    def text(self, gap: Gap, ids: Sequence[int], first: bool = False) -> str:
+        """The text in a gap whose ids, those of its edges included, are these.
 
         `first` is whether the gap begins the text.
         """
-        whole = self._decoder.text(ids) if first and gap.left is None else self._decoder.text_inside(ids)
+        whole = self._decoder.text(ids) if first and gap.left is None else self.spelled(ids)
         before = "" if gap.left is None else self.texts[gap.left]
         after = "" if gap.right is None else self.texts[gap.right]
-        inner = whole[len(before) : len(whole) - len(after)]
-        return None if _BROKEN in inner or before + inner + after != whole else inner
+        assert whole.startswith(before) and whole.endswith(after), (before, whole, after)
+        return whole[len(before) : len(whole) - len(after)]
+
+    def is_text(self, text: str) -> bool:
+        """Whether a hole's text is whole: tokens of bytes may be no character together."""
+        return _BROKEN not in text
