@@ -18,8 +18,8 @@ from rich.console import Console
 
 import dgemma
 from dgemma.cli import main
-from dgemma.commands.generate import print_reply
 from dgemma.commands.progress import progress_bar
+from dgemma.commands.replies import print_reply
 from dgemma.engine.events import Done, Stats
 from dgemma.text.calls import ToolCall
 from dgemma.text.reply import Unread
@@ -27,7 +27,7 @@ from dgemma.text.reply import Unread
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-STATS = Stats(5, 4, 1.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
+STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 SHORT = ["--max-tokens", "20", "--steps", "3", "--backend", "numpy"]
 
 

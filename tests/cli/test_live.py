@@ -20,7 +20,7 @@ TOKENIZER = Tokenizer(RAW, None, "tiny")
 CONFIG = read_generation_config(SMALL_GENERATION, RAW.get_vocab_size())
 SPELLING = Spelling(TOKENIZER, CONFIG.stop_ids)
 EOS, TURN_END = 1, 106
-STATS = Stats(5, 4, 1.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
+STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 
 
 def ids(text: str) -> list[int]:
