@@ -7,21 +7,20 @@ from typing import IO, Any
 import click
 
 from dgemma.commands.errors import HELP, OneLine
+from dgemma.commands.opened import check_temperatures, open_model
 from dgemma.commands.options import (
-    as_typed,
     model_options,
     output_options,
     prompt_options,
     sampler_options,
     seed_option,
 )
-from dgemma.commands.progress import TerminalNotices, progress_bar, stderr_console
+from dgemma.commands.progress import stderr_console
 from dgemma.commands.replies import is_live, print_reply, record, stats_block, watch
 from dgemma.commands.requests import read_request
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.engine.request import check_positions
-from dgemma.errors import ConfigError, PromptError
-from dgemma.loading import Small, load
+from dgemma.loading import Small
 from dgemma.settings import number
 from dgemma.text.tokenizer import Tokenizer, needed
 
@@ -63,10 +62,7 @@ def generate(
     dgemma generate --model google/diffusiongemma-26B-A4B-it --stats < question.txt
     """
     check_stdout()
-    t_max, t_min = settings["t_max"], settings["t_min"]
-    if t_max is not None and t_min is not None and t_max < t_min:
-        context = click.get_current_context()
-        raise click.UsageError(f"--t-max {t_max} must not be below --t-min {t_min}", context)
+    check_temperatures(settings)
     prompts = (*texts, *prompts)
     request = read_request(prompts, messages, system, tools)
     if request.ignored:
@@ -89,23 +85,15 @@ def generate(
         ]
 
     def check(small: Small) -> None:
-        """Everything that can be wrong with a request, before minutes of loading."""
-        try:
-            sampler = small.generation.override(**settings)
-            check_positions(encoded(needed(small.tokenizer)), sampler, small.config.max_positions)
-            if seed is not None:
-                number("seed", seed)
-        except (ConfigError, PromptError) as error:
-            raise type(error)(as_typed(str(error))) from None
+        sampler = small.generation.override(**settings)
+        check_positions(encoded(needed(small.tokenizer)), sampler, small.config.max_positions)
+        if seed is not None:
+            number("seed", seed)
 
     console = stderr_console()
-    with progress_bar(console, "loading weights") as progress:
-        if model is None:
-            note("dgemma: no --model given, so the embedded model answers; it knows toy tasks only")
-        loaded = load(
-            model, backend, dtype, device, progress,
-            activations=activations, notices=TerminalNotices(console), check=check,
-        )  # fmt: skip
+    loaded = open_model(
+        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
+    )
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
     events = loaded.generate(rows, seed=seed, **settings)
     replies = watch(loaded, sampler, events, len(rows), is_live(live, as_json, console), console)

@@ -75,6 +75,18 @@ def _setting(field: str) -> click.ParamType:
 
 _JSON_FILE = click.File(encoding="utf-8")
 
+conversation_options = _options(
+    click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
+    click.option(
+        "--tools", type=_JSON_FILE, metavar="FILE", help="A JSON list of tools that the model may call."
+    ),
+    click.option(
+        "--thinking/--no-thinking",
+        default=False,
+        help="Think before answering; thoughts go to stderr.  [default: off]",
+    ),
+)
+
 prompt_options = _options(
     click.argument("texts", type=Text(), nargs=-1, metavar="[PROMPT]..."),
     click.option(
@@ -92,15 +104,7 @@ prompt_options = _options(
         help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}, as in '
         'a request for OpenAI\'s chat API. "-" is stdin.',
     ),
-    click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
-    click.option(
-        "--tools", type=_JSON_FILE, metavar="FILE", help="A JSON list of tools that the model may call."
-    ),
-    click.option(
-        "--thinking/--no-thinking",
-        default=False,
-        help="Think before answering; thoughts go to stderr.  [default: off]",
-    ),
+    conversation_options,
     click.option(
         "--continue",
         "continue_final_message",

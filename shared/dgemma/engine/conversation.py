@@ -1,9 +1,11 @@
 """A conversation as a value: what was said, what the model may call, and the request for the next reply.
 
-`asked = conversation.extended(user(text))`, `done = engine.submit(asked.request(…)).result()` and
-`conversation = asked.answered(done)` make a turn. Nothing changes in place, so a turn that fails or is taken
-back leaves nothing behind. What a turn shares with the one before is encoded once where the engine keeps
-prefixes.
+    asked = conversation.extended(user(text))
+    done = engine.submit(asked.request(tokenizer, settings, seed)).result()
+    conversation = asked.answered(done) or conversation
+
+Nothing changes in place, so a turn that fails or is taken back leaves nothing behind. What a turn shares with
+the one before is encoded once where the engine keeps prefixes.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ class Conversation:
         """The conversation with these messages at its end."""
         return replace(self, messages=(*self.messages, *messages))
 
-    def answered(self, done: Done) -> Conversation:
-        """The conversation with a reply at its end; unchanged by one that has neither text nor calls.
+    def answered(self, done: Done) -> Conversation | None:
+        """The conversation with a reply at its end; None for one that has neither text nor calls.
 
         A reply that was cut or cancelled counts as far as it goes. Its calls have ids of their own here, so
         that results can name them. The template decides which thoughts later prompts have.
         """
         if not done.text and not done.tool_calls:
-            return self
+            return None
         message: Message = {"role": "assistant", "content": done.text}
         if done.thinking:
             message["reasoning_content"] = done.thinking
