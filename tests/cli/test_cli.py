@@ -25,7 +25,7 @@ from dgemma.text.calls import ToolCall
 from dgemma.text.reply import Unread
 
 ROOT = Path(__file__).parents[2]
-FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
+FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub", "prompt_toolkit")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 SHORT = ["--max-tokens", "20", "--steps", "3", "--backend", "numpy"]
@@ -60,7 +60,7 @@ def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "args",
-    [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "info", "verify", "convert"))],
+    [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "chat", "info", "verify", "convert"))],
 )
 def test_help_imports_no_framework(args: Sequence[str]) -> None:
     program = f"""
