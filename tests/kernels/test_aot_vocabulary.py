@@ -31,17 +31,13 @@ SIXTEEN = [["tt.divisibility", 16]]
 # multiples of 16, which Triton is told at a launch, too.
 POINTERS = {
     "logits": "*bf16", "p": "*bf16", "table": "*bf16", "soft": "*bf16", "q": "*bf16", "k": "*bf16",
-    "v": "*bf16", "past_k": "*bf16", "past_v": "*bf16", "temperature": "*fp32", "parts": "*fp32",
-    "values": "*fp32", "uniforms": "*fp32", "top": "*fp32", "total": "*fp32", "shares": "*fp32",
-    "dropped": "*fp32", "few_shares": "*fp32", "missing": "*fp32", "partial": "*fp32", "sums": "*fp32",
-    "places": "*i32", "few_ids": "*i32", "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64",
-    "ends": "*i64", "pad": "*i64",
+    "v": "*bf16", "temperature": "*fp32", "parts": "*fp32", "values": "*fp32", "uniforms": "*fp32",
+    "top": "*fp32", "total": "*fp32", "shares": "*fp32", "dropped": "*fp32", "few_shares": "*fp32",
+    "missing": "*fp32", "partial": "*fp32", "sums": "*fp32", "places": "*i32", "few_ids": "*i32",
+    "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64", "ends": "*i64",
 }  # fmt: skip
-STRIDES = {
-    f"{x}_{axis}" for x, axes in {"q": "bhl", "k": "bgs", "p": "bgs", "o": "zbhl"}.items() for axis in axes
-}
 FLOATS = {"cap", "limit", "most", "trace"}
-MULTIPLES = {"V", "D", "span", "keep", "L", "window", *STRIDES}  # P is 1,023 on sliding layers
+MULTIPLES = {"V", "D", "span", "keep", "window", "q_h", "q_n"}  # N is what a prompt leaves for a pass
 
 Case = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]
 
@@ -70,11 +66,9 @@ def vocabulary_cases() -> Iterator[Case]:
 
 
 def attention_flags(C: int) -> Iterator[dict[str, bool]]:
-    """What may be launched: long prompts are windowed on sliding layers, and recorded canvases are remote."""
-    for causal, padded, split in product((False, True), repeat=3):
-        both = {"CAUSAL": causal, "PADDED": padded, "SPLIT": split}
-        for other in (False, True) if C == 256 or not causal else (False,):
-            yield both | {"WINDOWED": causal and other, "REMOTE": not causal and other}
+    """What may be launched: prompts are causal, windowed on sliding layers, and few blocks are split."""
+    for causal, split in product((False, True), repeat=2):
+        yield {"CAUSAL": causal, "WINDOWED": causal and C == 256, "SPLIT": split}
 
 
 def attention_cases(capability: int) -> Iterator[Case]:
@@ -85,8 +79,7 @@ def attention_cases(capability: int) -> Iterator[Case]:
         tile = m.TILES[C, m.family(capability // 10)]
         sizes = {"REP": group, "C": C, "BM": tile.rows, "BN": tile.keys, "INTERPRET": False}
         for flags in attention_flags(C):
-            types = {"out": "*fp32" if flags["SPLIT"] else "*bf16"}
-            types |= dict.fromkeys(("past_k", "past_v"), "*i64") if flags["REMOTE"] else {}
+            types = {"out": "*fp32" if flags["SPLIT"] else "*bf16", "table": "*i64"}
             tag = " ".join([f"_attend {C}", *(name.lower() for name, on in flags.items() if on)])
             yield tag, m._attend, types, sizes | flags, tile.options
         yield (

@@ -187,14 +187,14 @@ def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
     """Where the encoder ends: of stacked matrices the rows of k and v only."""
     C, D, L, ops = 8, 64, 5, TracedOps(EVERY)
     q, k, v = (zeros(heads * C, D) for heads in (4, 2, 2))
-    norm, turn = zeros(C), zeros(1, 1, L, C // 2)
+    norm, turn = zeros(C), zeros(L, C // 2)
     w = stacked_heads(AttentionWeights(q, k, None, norm, norm, v if own_v else None))
     assert w.rows == ((32, 16, 16) if own_v else (32, 16))
 
     def keys_values(x: mx.array) -> tuple[mx.array, mx.array]:
         return ops.keys_values(x, w, BiasWeights(), 1e-6, (turn, turn))
 
-    got = count(keys_values, zeros(1, L, D))
+    got = count(keys_values, zeros(L, D))
     assert got.flops == 2 * L * D * sum(w.rows[1:]) and got.launches["product"] == len(w.rows) - 1
 
 
