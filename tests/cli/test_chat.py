@@ -19,6 +19,7 @@ from rich.console import Console
 import dgemma
 from dgemma.cli import main
 from dgemma.commands import process, replies
+from dgemma.commands.chat import _talk
 from dgemma.commands.lines import _history, history_file
 from dgemma.commands.session import COMMANDS, Output, Session
 from dgemma.engine.conversation import Conversation
@@ -283,6 +284,31 @@ def test_a_cancelled_turn_can_be_asked_again(
     session.cancel()  # nothing is under way
     session.take("/retry")
     assert roles(session) == ["user", "assistant"] and capsys.readouterr().out == f"{ANSWER}\n"
+
+
+def test_a_terminal_gets_an_error_as_a_line_and_goes_on(
+    session: Session, loaded: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["/sava", SUM, "/retry", SUM, "/undo"])
+    see, failing = loaded.see, [True, True]
+
+    def short(*args: Any) -> Any:
+        if failing and failing.pop():
+            raise MemoryError("17 GB")
+        return see(*args)
+
+    def read() -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(loaded, "see", short)
+    monkeypatch.setattr("dgemma.commands.chat._terminal", lambda: read)
+    _talk(session)
+    out, err = capsys.readouterr()
+    said = [line.removeprefix("dgemma: error: ") for line in err.splitlines() if "error" in line]
+    assert [line.split()[0] for line in said] == ["unknown", "out", "out"]
+    assert out == f"{ANSWER}\n" and session.conversation == Conversation()
 
 
 # ---- terminals ------------------------------------------------------------------------------------

@@ -60,7 +60,11 @@ def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "args",
-    [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "chat", "info", "verify", "convert"))],
+    [
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("generate", "chat", "info", "verify", "convert")),
+    ],
 )
 def test_help_imports_no_framework(args: Sequence[str]) -> None:
     program = f"""
@@ -420,7 +424,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*args: Any, **options: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("dgemma.commands.generate.load", broken)
+    monkeypatch.setattr("dgemma.commands.opened.load", broken)
     with pytest.raises(AssertionError, match="ours"):
         call("generate", "--prompt", "a")
 
@@ -432,7 +436,7 @@ def test_running_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest
     def broken(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("dgemma.commands.generate.load", broken)
+    monkeypatch.setattr("dgemma.commands.opened.load", broken)
     assert_one_line(call("generate", "--prompt", "a"), 1, "out of memory")
 
 

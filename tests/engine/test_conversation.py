@@ -1,9 +1,9 @@
-"""Conversations turn by turn on one engine: what is encoded, what is kept, and what an end in between leaves."""
+"""Conversations turn by turn on one engine: what is encoded, what is kept, what an early end leaves."""
 
 from __future__ import annotations
 
-import os
 import threading
+from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,7 +59,8 @@ def test_a_turn_encodes_what_is_new_and_says_what_a_fresh_engine_says(model: Mod
             with Engine(model, model.tokenizer, max_rows=1) as fresh:
                 anew = ask(fresh, model, asked)
             assert (done.tokens, done.text, done.thinking) == (anew.tokens, anew.text, anew.thinking)
-            common = len(os.path.commonprefix([before, prompt]))
+            pairs = zip(before, prompt, strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             assert (done.stats.cached_tokens, anew.stats.cached_tokens) == (common, 0)
             assert common > 0 or not before
             conversation, before = asked.answered(done) or conversation, prompt
@@ -191,9 +192,9 @@ def test_commits_are_the_reply_in_order(
         part = ids[place : place + sizes[len(commits) % len(sizes)]]
         place += len(part)
         row.canvas = SimpleNamespace(done=True, argmax=np.array(part), free=np.ones(1, bool))  # type: ignore[assignment]
-        for event, reason in row.commit(1.0):
-            assert isinstance(event, Committed)
-            commits.append(event)
+        ((event, reason),) = row.commit(1.0)
+        assert isinstance(event, Committed)
+        commits.append(event)
     done = row.done(reason or "cancelled", 2.0)
     told = joined(Reply(event.text, event.thinking, event.tool_calls) for event in commits)
     assert [id for event in commits for id in event.tokens] == done.tokens
