@@ -21,7 +21,7 @@ from dgemma.cli import main
 from dgemma.commands import process, replies
 from dgemma.commands.chat import _talk
 from dgemma.commands.lines import _history, history_file
-from dgemma.commands.session import COMMANDS, Output, Session
+from dgemma.commands.session import COMMANDS, Output, Session, Wanted
 from dgemma.engine.conversation import Conversation
 from dgemma.engine.engine import Engine
 from dgemma.engine.events import Done, Stats
@@ -55,7 +55,7 @@ def loaded() -> Model:
 def session(loaded: Model) -> Iterator[Session]:
     output = Output(None, Console(file=io.StringIO()), live=False, as_json=False, stats=False)
     with Engine(loaded, loaded.tokenizer, max_rows=1) as engine:
-        yield Session(engine, loaded, output, Conversation(), loaded.generation, 1)
+        yield Session(engine, loaded, output, Conversation(), Wanted(loaded.generation, 1))
 
 
 def roles(session: Session) -> list[str]:
@@ -245,7 +245,15 @@ def test_a_file_of_a_whole_request(
 ) -> None:
     path = tmp_path / "request.json"
     path.write_text(
-        json.dumps({"messages": [{"role": "user", "content": SUM}], "max_tokens": 2, "user": "me", "seed": 5})
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": SUM}],
+                "max_tokens": 2,
+                "user": "me",
+                "seed": 5,
+                "stop": "2",
+            }
+        )
     )
     session.take(f"/load {path}")
     assert capsys.readouterr().err.splitlines() == [
@@ -256,7 +264,7 @@ def test_a_file_of_a_whole_request(
     assert roles(session) == ["user", "assistant"]
     session.take("/stats")
     out, err = capsys.readouterr()
-    assert ANSWER.startswith(out.strip()) and "cut at 2 tokens" in err and "seed 5, ended by length" in err
+    assert out == "13\n" and "seed 5, ended by stop" in err
 
 
 def test_help_names_every_command(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,8 +311,7 @@ def test_a_terminal_gets_an_error_as_a_line_and_goes_on(
         return line
 
     monkeypatch.setattr(loaded, "see", short)
-    monkeypatch.setattr("dgemma.commands.chat._terminal", lambda: read)
-    _talk(session)
+    _talk(session, read)
     out, err = capsys.readouterr()
     said = [line.removeprefix("dgemma: error: ") for line in err.splitlines() if "error" in line]
     assert [line.split()[0] for line in said] == ["unknown", "out", "out"]
@@ -380,9 +387,9 @@ def terminal(tmp_path: Path) -> Iterator[Any]:
 
     shown: list[Terminal] = []
 
-    def start(*args: str) -> Terminal:
+    def start(*args: str, **environment: str) -> Terminal:
         options = ["chat", "--backend", "numpy", "--seed", "1", *args]
-        shown.append(Terminal(options, DGEMMA_HISTORY=str(tmp_path / "history")))
+        shown.append(Terminal(options, DGEMMA_HISTORY=str(tmp_path / "history"), **environment))
         return shown[-1]
 
     yield start
@@ -418,6 +425,14 @@ def test_a_talk_on_a_terminal(terminal: Any, tmp_path: Path) -> None:
     asked = [message["content"] for message in messages if message["role"] == "user"]
     assert asked == ["Add 3 \nand 4.", "Add 3\nand 4.\n"]
     assert "nonsense" not in (tmp_path / "history").read_text("utf-8")
+
+
+def test_a_terminal_that_cannot_move_its_cursor(terminal: Any) -> None:
+    shown = terminal("--max-tokens", "8", "--steps", "2", TERM="dumb")
+    shown.wait_for(b"\r\n> ")
+    shown.type(f"{SUM}\n/quit\n")
+    assert shown.code() == 0 and b"\x1b" not in shown.output
+    assert shown.output.count(b"\r\n132\r\n> ") == 1
 
 
 def test_ctrl_c_ends_a_reply_and_sigterm_the_program(terminal: Any) -> None:

@@ -202,6 +202,47 @@ def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
     assert (reply["tokens"], reply["seed"]) == (4, 6)
 
 
+def test_stop_texts(tmp_path: Path) -> None:
+    """By option and by request, before the load where they cannot be used."""
+    args = ("generate", "--backend", "numpy", "--seed", "0")
+    asked = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}]}
+    assert call(*args, 'Reverse "canvas".', "--stop", "zz", "--stop", "na").stdout == "sav\n"
+    for stop, expected in (("v", "sa"), (["na", "x"], "sav"), (["", "c"], "savna"), ([], "savnac")):
+        request = write(tmp_path, asked | {"stop": stop})
+        assert call(*args, "--messages", request).stdout == expected + "\n"
+    assert_one_line(call(*args, "x", "--stop", ""), 2, "an empty text ends nothing")
+    for stop in (5, ["a", 5], {"a": 1}):
+        result = call(*args, "--messages", write(tmp_path, asked | {"stop": stop}))
+        assert_one_line(result, 1, "'stop' must be a text or a list of texts")
+
+
+def test_rows_that_run_together() -> None:
+    """Fewer at a time give the same replies, in the order of the prompts."""
+    args = (
+        "generate",
+        "--backend",
+        "numpy",
+        "--seed",
+        "0",
+        "--json",
+        'Reverse "abc".',
+        "What is 1 + 2?",
+        "x",
+    )
+    replies = [call(*args, "--max-rows", str(rows)).stdout.splitlines() for rows in (8, 2, 1)]
+    found = [[json.loads(line)["token_ids"] for line in lines] for lines in replies]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
+    assert_one_line(call(*args, "--max-rows", "0"), 2, "--max-rows")
+
+
+def test_a_deadline() -> None:
+    args = ("generate", "--backend", "numpy", 'Reverse "canvas".')
+    result = call(*args, "--deadline", "0.000001", "--json")
+    assert json.loads(result.stdout)["finish_reason"] == "deadline"
+    assert "as --deadline wants" in call(*args, "--deadline", "0.000001").stderr
+    assert_one_line(call(*args, "--deadline", "0"), 2, "--deadline")
+
+
 def test_an_answer_is_continued(model: Path) -> None:
     data = [{"role": "user", "content": 'Reverse "canvas".'}, {"role": "assistant", "content": "sav"}]
     args = ("generate", "--model", str(model), "--backend", "numpy", "--seed", "0", "--messages", "-")

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import IO, Any
 
 import click
+from rich.console import Console
 
 from dgemma.commands.errors import HELP, OUT_OF_MEMORY, OneLine, is_out_of_memory, out_of_memory
-from dgemma.commands.opened import check_temperatures, open_model
+from dgemma.commands.opened import check_stops, check_temperatures, open_model
 from dgemma.commands.options import (
     as_typed,
     conversation_options,
+    ending_options,
     model_options,
     output_options,
     sampler_options,
@@ -22,7 +24,7 @@ from dgemma.commands.process import interrupts
 from dgemma.commands.progress import stderr_console
 from dgemma.commands.replies import is_live
 from dgemma.commands.requests import read_line, read_tools_file
-from dgemma.commands.session import Output, Session
+from dgemma.commands.session import Output, Session, Wanted
 from dgemma.commands.streams import check_stdout, note
 from dgemma.engine.conversation import Conversation, user
 from dgemma.engine.engine import Engine
@@ -34,6 +36,7 @@ from dgemma.text.tokenizer import needed
 
 @click.command(cls=OneLine, context_settings=HELP)
 @conversation_options
+@ending_options
 @model_options
 @seed_option
 @sampler_options
@@ -42,6 +45,8 @@ def chat(
     system: str | None,
     tools: IO[str] | None,
     thinking: bool,
+    stop: tuple[str, ...],
+    deadline: float | None,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -65,6 +70,7 @@ def chat(
     """
     check_stdout()
     check_temperatures(settings)
+    check_stops(stop)
     if tools and tools.name == "<stdin>":
         raise click.UsageError("--tools cannot be stdin, which has the turns", click.get_current_context())
     conversation = Conversation((), tuple(read_tools_file(tools)) if tools else (), thinking)
@@ -82,17 +88,17 @@ def chat(
     typed = bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
     output = Output(model, console, is_live(live, as_json, console), as_json, stats)
     with Engine(loaded, loaded.tokenizer, max_rows=1) as engine:
-        session = Session(engine, loaded, output, conversation, loaded.generation.override(**settings), seed)
+        wanted = Wanted(loaded.generation.override(**settings), seed, stop, deadline)
+        session = Session(engine, loaded, output, conversation, wanted)
         if typed:
-            _talk(session)
+            _talk(session, _terminal(console))
         else:
             while session.open and (line := read_line()) is not None:
                 session.take(line)
 
 
-def _talk(session: Session) -> None:
+def _talk(session: Session, read: Callable[[], str]) -> None:
     """The turns of a terminal. What is wrong with one is a line, and the next one can be typed."""
-    read = _terminal()
     note("dgemma: /help lists the commands, Ctrl-D leaves")
     while session.open:
         try:
@@ -109,7 +115,18 @@ def _talk(session: Session) -> None:
             note(f"dgemma: error: {visible(out_of_memory(error))}")
 
 
-def _terminal() -> Callable[[], str]:
-    from dgemma.commands.lines import terminal_lines  # what edits lines is of no use to a pipe
+def _terminal(console: Console) -> Callable[[], str]:
+    """What asks for a line; EOFError at the end."""
+    if console.is_dumb_terminal:
+        return _plain_line
+    from dgemma.commands.lines import terminal_lines  # what edits lines is of no use elsewhere
 
     return terminal_lines()
+
+
+def _plain_line() -> str:
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    if (line := read_line()) is None:
+        raise EOFError
+    return line

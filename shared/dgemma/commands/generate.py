@@ -7,7 +7,7 @@ from typing import IO, Any
 import click
 
 from dgemma.commands.errors import HELP, OneLine
-from dgemma.commands.opened import check_temperatures, open_model
+from dgemma.commands.opened import check_stops, check_temperatures, open_model
 from dgemma.commands.options import (
     model_options,
     output_options,
@@ -40,6 +40,9 @@ def generate(
     thinking: bool,
     continue_final_message: bool,
     control_tokens: bool,
+    stop: tuple[str, ...],
+    deadline: float | None,
+    max_rows: int,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -63,13 +66,14 @@ def generate(
     """
     check_stdout()
     check_temperatures(settings)
+    check_stops(stop)
     prompts = (*texts, *prompts)
     request = read_request(prompts, messages, system, tools)
     if request.ignored:
         note(f"dgemma: not used of the request: {', '.join(request.ignored)}")
-    own = settings | {"seed": seed}
+    own = settings | {"seed": seed, "stop": stop or None}
     settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
-    seed = settings.pop("seed")
+    seed, stop = settings.pop("seed"), settings.pop("stop") or ()
 
     def encoded(tokenizer: Tokenizer) -> list[list[int]]:
         return [
@@ -95,7 +99,7 @@ def generate(
         console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
     )
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
-    events = loaded.generate(rows, seed=seed, **settings)
+    events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, max_rows=max_rows, **settings)
     replies = watch(loaded, sampler, events, len(rows), is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:

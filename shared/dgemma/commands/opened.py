@@ -24,6 +24,12 @@ def check_temperatures(settings: Mapping[str, Any]) -> None:
         raise click.UsageError(f"--t-max {t_max} must not be below --t-min {t_min}", context)
 
 
+def check_stops(stop: tuple[str, ...]) -> None:
+    """UsageError for an empty text of --stop."""
+    if not all(stop):
+        raise click.BadParameter("an empty text ends nothing.", param_hint="--stop")
+
+
 def open_model(console: Console, model: str | None, check: Callable[[Small], None], **options: Any) -> Model:
     """The loaded model; `options` are those of `load`. A bar on the console shows how far it is.
 

@@ -87,6 +87,22 @@ conversation_options = _options(
     ),
 )
 
+ending_options = _options(
+    click.option(
+        "--stop",
+        type=Text(),
+        multiple=True,
+        metavar="TEXT",
+        help="End the reply before this text; repeatable.",
+    ),
+    click.option(
+        "--deadline",
+        type=_setting("deadline"),
+        metavar="SECONDS",
+        help="End the reply after so many seconds.",
+    ),
+)
+
 prompt_options = _options(
     click.argument("texts", type=Text(), nargs=-1, metavar="[PROMPT]..."),
     click.option(
@@ -111,6 +127,15 @@ prompt_options = _options(
         is_flag=True,
         help="Go on with the last message of the conversation, which is the beginning of the answer.",
     ),
+    click.option(
+        "--max-rows",
+        type=_setting("max_rows"),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Prompts that run together at most; others wait.",
+    ),
+    ending_options,
     click.option(
         "--control-tokens/--no-control-tokens",
         default=False,

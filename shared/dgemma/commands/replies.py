@@ -43,6 +43,14 @@ def watch(
     return sorted(replies, key=lambda done: done.row)
 
 
+_CUT = {
+    "length": "cut at {} tokens; --max-tokens allows more",
+    "deadline": "cut after {} tokens, as --deadline wants",
+    "cancelled": "cancelled after {} tokens",
+    "degenerate": "ended after {} tokens, as the canvas only repeated itself; --allow-empty lets it go on",
+}
+
+
 def print_reply(reply: Done, thoughts: bool = True) -> None:
     """Print the answer on stdout; thoughts, and why an answer is cut or empty, on stderr."""
     if reply.thinking and thoughts:
@@ -56,10 +64,8 @@ def print_reply(reply: Done, thoughts: bool = True) -> None:
             answer_json({"name": call.name, "arguments": call.arguments})
     for unread in reply.unread:
         note(f"dgemma: a tool call stays text: {unread.reason}")
-    if reply.finish_reason == "length":
-        note(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more")
-    elif reply.finish_reason == "cancelled":
-        note("dgemma: cancelled")
+    if reply.finish_reason in _CUT:
+        note(f"dgemma: {_CUT[reply.finish_reason].format(len(reply.tokens))}")
     elif not reply.text and not reply.tool_calls:
         note("dgemma: the model ended its turn without an answer")
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -15,12 +11,13 @@ from typing import NamedTuple
 from rich.console import Console
 
 from dgemma.commands.replies import print_reply, record, stats_block, watch
-from dgemma.commands.requests import open_text, read_file, read_tools_file
+from dgemma.commands.requests import open_text, read_file, read_tools_file, write_json
 from dgemma.commands.streams import answer_json, note
 from dgemma.engine.conversation import Conversation, user
 from dgemma.engine.engine import Engine
 from dgemma.engine.events import Done
 from dgemma.engine.handle import Handle
+from dgemma.engine.request import Request
 from dgemma.errors import PromptError, visible
 from dgemma.model import Model
 from dgemma.reports.tables import amount
@@ -39,6 +36,16 @@ class Output:
     stats: bool
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What replies are to be. Without a `seed` one is drawn for each."""
+
+    sampler: GenerationConfig
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    deadline: float | None = None
+
+
 class Session:
     """A conversation, and the settings of its next reply.
 
@@ -51,11 +58,10 @@ class Session:
         model: Model,
         output: Output,
         conversation: Conversation,
-        sampler: GenerationConfig,
-        seed: int | None,
+        wanted: Wanted,
     ):
         self._engine, self._model, self._output = engine, model, output
-        self.conversation, self._sampler, self._seed = conversation, sampler, seed
+        self.conversation, self._wanted = conversation, wanted
         self._unanswered: tuple[Message, ...] = ()  # what was asked last, without a reply
         self._handle: Handle | None = None
         self._last: Done | None = None
@@ -86,15 +92,14 @@ class Session:
     # ---- a turn ---------------------------------------------------------------------------------
 
     def _ask(self, asked: Conversation) -> None:
-        seed = secrets.randbits(63) if self._seed is None else self._seed
-        request = asked.request(self._model.tokenizer, self._sampler, seed)
+        request = self._request(asked)
         # Room for this conversation and for one that it left, by /undo for example.
         self._engine.prefixes.limit = 2 * self._engine.needs(request)
         self._handle = self._engine.submit(request)
         self._unanswered = asked.messages[len(self.conversation.messages) :]
         show = self._output
         try:
-            (done,) = watch(self._model, self._sampler, self._handle, 1, show.live, show.console)
+            (done,) = watch(self._model, self._wanted.sampler, self._handle, 1, show.live, show.console)
         finally:
             self._handle.cancel()  # an interrupted one, too, leaves the engine
             self._handle = None
@@ -107,6 +112,12 @@ class Session:
         elif calls := answered.open_calls:
             note(f"dgemma: /result TEXT gives the result of {visible(calls[0]['function']['name'])}")
 
+    def _request(self, asked: Conversation) -> Request:
+        wanted = self._wanted
+        seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+        tokenizer, stop, deadline = self._model.tokenizer, wanted.stop, wanted.deadline
+        return asked.request(tokenizer, wanted.sampler, seed, stop=stop, deadline=deadline)
+
     def _print(self, done: Done) -> None:
         show = self._output
         if show.as_json:
@@ -114,7 +125,7 @@ class Session:
         else:
             print_reply(done, self._thoughts)
         if show.stats:
-            note(stats_block(done, self._model, 1, self._sampler))
+            note(stats_block(done, self._model, 1, self._wanted.sampler))
 
     def result(self, text: str) -> None:
         given = self.conversation.with_result(text)
@@ -149,7 +160,7 @@ class Session:
         messages = conversation.messages
         asks = bool(messages) and messages[-1]["role"] == "user"
         probe = conversation if asks else conversation.extended(user("a"))
-        probe.request(self._model.tokenizer, self._sampler, 0)
+        self._request(probe)
         self.conversation = conversation
 
     def system(self, text: str) -> None:
@@ -175,7 +186,7 @@ class Session:
     def seed(self, text: str) -> None:
         if text and not (text.isascii() and text.isdecimal() and len(text) <= 40):
             raise PromptError(f"/seed takes a whole number, not {text[:40]!r}")
-        self._seed = number("seed", int(text)) if text else None
+        self._wanted = replace(self._wanted, seed=number("seed", int(text)) if text else None)
         note("dgemma: replies are repeatable" if text else "dgemma: a seed is drawn for each reply")
 
     # ---- files ----------------------------------------------------------------------------------
@@ -186,8 +197,7 @@ class Session:
         if not self.conversation.messages:
             raise PromptError("there is nothing to save yet")
         tools = {"tools": self.conversation.tools} if self.conversation.tools else {}
-        data = {"messages": self.conversation.messages, **tools}
-        _write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, {"messages": self.conversation.messages, **tools})
         note(f"dgemma: {len(self.conversation.messages)} messages are in {visible(path)}")
 
     def load(self, path: str) -> None:
@@ -196,11 +206,13 @@ class Session:
         with open_text(path) as file:
             request = read_file(file)
         given = dict(request.settings)
-        seed = number("seed", given.pop("seed")) if "seed" in given else self._seed
-        sampler = self._sampler.override(**given)
+        ends = {key: given.pop(key) for key in ("seed", "stop") if key in given}
+        if "seed" in ends:
+            number("seed", ends["seed"])
+        wanted = replace(self._wanted, sampler=self._wanted.sampler.override(**given), **ends)
         messages, tools = tuple(request.conversations[0]), tuple(request.tools or ())
         self._adopt(replace(self.conversation, messages=messages, tools=tools))
-        self._seed, self._sampler, self._unanswered = seed, sampler, ()
+        self._wanted, self._unanswered = wanted, ()
         if request.ignored:
             note(f"dgemma: not used of the file: {visible(', '.join(request.ignored))}")
         waits = (
@@ -216,7 +228,10 @@ class Session:
         if self._last is None:
             raise PromptError("there is no reply yet")
         kept = amount(self._engine.prefixes.bytes)
-        note(stats_block(self._last, self._model, 1, self._sampler) + f"\nkept    {kept} for the next turn")
+        note(
+            stats_block(self._last, self._model, 1, self._wanted.sampler)
+            + f"\nkept    {kept} for the next turn"
+        )
 
     def help(self, text: str) -> None:
         width = max(len(command.form) for command in COMMANDS.values())
@@ -259,28 +274,3 @@ COMMANDS = {
     "help": Command("/help", "List the commands.", Session.help),
     "quit": Command("/quit", "Leave, as Ctrl-D does.", Session.quit),
 }
-
-
-def _write_whole(path: str, text: str) -> None:
-    """Write a file that is there whole or not at all; PromptError if it cannot be written."""
-    place = os.path.realpath(os.path.expanduser(path))
-    part = None
-    try:
-        if os.path.exists(place) and not os.path.isfile(place):
-            raise OSError("not a regular file")
-        with tempfile.NamedTemporaryFile(
-            "w", dir=os.path.dirname(place), encoding="utf-8", delete=False
-        ) as file:
-            part = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, place)
-    except (OSError, ValueError) as error:
-        raise PromptError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    finally:
-        if part:
-            with suppress(OSError):
-                os.unlink(part)

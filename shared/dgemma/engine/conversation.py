@@ -37,10 +37,13 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     thinking: bool = False
 
-    def request(self, tokenizer: Tokenizer, settings: GenerationConfig, seed: int) -> Request:
-        """The request for the model's next message; PromptError if the template refuses the conversation."""
+    def request(self, tokenizer: Tokenizer, settings: GenerationConfig, seed: int, **options: Any) -> Request:
+        """The request for the model's next message, with `options` as further fields.
+
+        PromptError if the template refuses the conversation.
+        """
         ids = tokenizer.encode_chat(self.messages, self.tools or None, self.thinking)
-        return Request(ids, settings, seed)
+        return Request(ids, settings, seed, **options)
 
     def extended(self, *messages: Message) -> Conversation:
         """The conversation with these messages at its end."""

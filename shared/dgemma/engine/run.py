@@ -30,6 +30,9 @@ def generate(
     row_ids: Sequence[int] | None = None,
     continue_final_message: bool = False,
     control_tokens: bool = False,
+    stop: Sequence[str] = (),
+    deadline: float | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
@@ -52,10 +55,11 @@ def generate(
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
     seed = secrets.randbits(63) if seed is None else number("seed", seed)
     requests = [
-        Request(tokens, config, seed, id, row=row)
+        Request(tokens, config, seed, id, stop=tuple(stop), deadline=deadline, row=row)
         for row, (id, tokens) in enumerate(zip(ids, prompts, strict=True))
     ]
-    engine = Engine(runner, tokenizer, max_rows=len(requests), queue=len(requests))
+    most = len(requests) if max_rows is None else number("max_rows", max_rows)
+    engine = Engine(runner, tokenizer, max_rows=most, queue=len(requests))
     for request in requests:
         engine.check(request)
     return events(engine, requests)
