@@ -244,17 +244,8 @@ def test_a_file_of_a_whole_request(
     session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "request.json"
-    path.write_text(
-        json.dumps(
-            {
-                "messages": [{"role": "user", "content": SUM}],
-                "max_tokens": 2,
-                "user": "me",
-                "seed": 5,
-                "stop": "2",
-            }
-        )
-    )
+    asked = {"messages": [{"role": "user", "content": SUM}]}
+    path.write_text(json.dumps(asked | {"max_tokens": 30, "seed": 5, "stop": "2", "user": "me"}))
     session.take(f"/load {path}")
     assert capsys.readouterr().err.splitlines() == [
         "dgemma: not used of the file: user",

@@ -28,6 +28,7 @@ from tests.text.test_reply import draws
 from tests.text.vocabularies import TINY, ids_of, spelled
 
 ROOM = 1 << 30
+LETTERS = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnop"
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Weather in a city"}}
 
 
@@ -71,24 +72,43 @@ def test_a_turn_encodes_what_is_new_and_says_what_a_fresh_engine_says(model: Mod
         assert ask(engine, model, undone.extended(user("Add 3 and 4."))).stats.cached_tokens > common / 2
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3, 6])
-def test_a_cancelled_reply_leaves_what_it_committed(
-    steps: int, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Cancelled from another thread when it has made some steps: two make a canvas here."""
-    text = "abcdefghijklmnopqrstuvwxyzabcdefghijklmnop"[: model.config.canvas_length]
-    words = np.array(spelled(text))
+def scripted(model: Model, words: np.ndarray) -> Any:
+    """Stands in for `model.see`: every canvas [L] is `words`, settled at once."""
 
     def see(contexts: list[Any], canvas: np.ndarray, *rest: Any) -> Seen:
         tokens = np.broadcast_to(words, canvas.shape).copy()
         soft = model.ops.asarray(np.zeros((*canvas.shape, model.config.hidden_size)))
         return Seen(tokens, tokens, np.zeros(canvas.shape, np.float32), soft)
 
+    return see
+
+
+def test_the_prompt_outlives_the_canvases_of_its_reply(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn that leaves a long reply out, as its thoughts, finds the prompt encoded in little memory."""
+    L = model.config.canvas_length
+    monkeypatch.setattr(model, "see", scripted(model, np.array(spelled(LETTERS[:L]))))
+    prompt = (200 + np.arange(10 * L) % 97).tolist()
+    first = Request(prompt, model.generation.override(max_new_tokens=8 * L), 1)
+    engine = Engine(model, model.tokenizer, max_rows=1)
+    engine.prefixes.limit = 2 * engine.needs(first)
+    with engine:
+        assert engine.submit(first).result().stats.canvases == 8
+        assert len(engine.prefixes) < 8
+        second = Request([*prompt[:-2], 5, 5, 5], model.generation.override(max_new_tokens=1), 1)
+        assert engine.submit(second).result().stats.cached_tokens == len(prompt) - 2
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_a_cancelled_reply_leaves_what_it_committed(
+    steps: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled from another thread when it has made some steps: two make a canvas here."""
+    text = LETTERS[: model.config.canvas_length]
     engine = Engine(model, model.tokenizer, max_rows=1, prefixes=ROOM)
     asked = Conversation().extended(user("Go on."))
     with engine:
         with monkeypatch.context() as patch:
-            patch.setattr(model, "see", see)
+            patch.setattr(model, "see", scripted(model, np.array(spelled(text))))
             handle = engine.submit(
                 asked.request(model.tokenizer, model.generation.override(max_new_tokens=1000), 1)
             )
