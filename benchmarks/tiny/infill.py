@@ -92,18 +92,19 @@ def main(
     try:
         loaded = load(model, backend, device=device)
         for way in ways or WAYS:
-            right: dict[str, list[bool]] = {task: [] for task in TASKS}
+            right: dict[str, list[bool]] = {}
             steps, candidates = [], []
             todo = [one for task in TASKS for one in questions(loaded, task, way, count, seed, longest)]
             for one in track(todo, way, console=err, disable=not err.is_terminal):
                 got = loaded.infill(one.text, one.holes, prompt=one.prompt, seed=seed)
-                right[one.task].append(got.text == one.text)
+                right.setdefault(one.task, []).append(got.text == one.text)
                 steps.append(got.steps / got.canvases)
                 candidates.append(got.candidates)
                 if wrong and got.text != one.text:
                     err.print(way, one.task, one.holes, one.text, got, sep="\n", markup=False)
             every = [answer for answers in right.values() for answer in answers]
-            shares = [f"{np.mean(answers):.1%}" for answers in [*right.values(), every]]
+            shares = [f"{np.mean(right[task]):.1%}" if task in right else "" for task in TASKS]
+            shares.append(f"{np.mean(every):.1%}")
             out.add_row(way, *shares, f"{np.mean(steps):.1f}", f"{np.mean(candidates):.1f}")
     except DgemmaError as error:
         raise click.ClickException(str(error)) from None

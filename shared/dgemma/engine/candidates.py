@@ -21,15 +21,16 @@ def ladder(most: int, around: int = 0) -> list[int]:
     return sorted({n for step in steps for n in (around - step, around + step) if 0 <= n <= most} | {most})
 
 
-def search(known: Sequence[int | None], most: Sequence[int], around: Sequence[int], score: Score) -> Lengths:
+def search(
+    known: Sequence[int | None], most: Sequence[int], around: Sequence[int], score: Score
+) -> Lengths:
     """The best lengths that were found, one a hole: `known` ones stay, others are sought up to `most`.
 
     A hole's search begins on a ladder around its `around` and goes on between the best rung and its neighbours;
-    where even the best is to be doubted, between others. Several holes first grow together, then take turns, each
-    with the best lengths of the others so far.
+    where even the best is to be doubted, between others. Several holes begin with their `around`, and take turns
+    while that is to be doubted, each with the best lengths of the others so far.
     """
     scores: dict[Lengths, float] = {}
-    free = [at for at, length in enumerate(known) if length is None]
 
     def best(candidates: Sequence[Lengths]) -> Lengths:
         fresh = [one for one in dict.fromkeys(candidates) if one not in scores]
@@ -54,27 +55,18 @@ def search(known: Sequence[int | None], most: Sequence[int], around: Sequence[in
             tried = sorted({*tried, *more})
 
     now = tuple(a if k is None else k for k, a in zip(known, around, strict=True))
-    if len(free) > 1:
-        rungs = range(max(len(ladder(most[at], around[at])) for at in free))
-        now = best([_rung(known, most, around, at) for at in rungs])
-    elif not free:
-        best([now])
+    free = [at for at, length in enumerate(known) if length is None]
+    if len(free) == 1:
+        return settle(now, free[0])
     for _ in range(ROUNDS):
+        if best([now]) and scores[now] >= DOUBT:
+            break
         before = now
         for at in free:
             now = settle(now, at)
-        if now == before or len(free) == 1:
+        if now == before:
             break
     return now
-
-
-def _rung(known: Sequence[int | None], most: Sequence[int], around: Sequence[int], at: int) -> Lengths:
-    """The same rung of each hole's ladder; a ladder that is shorter gives its last."""
-    ladders = [ladder(m, a) for m, a in zip(most, around, strict=True)]
-    return tuple(
-        rungs[min(at, len(rungs) - 1)] if length is None else length
-        for length, rungs in zip(known, ladders, strict=True)
-    )
 
 
 def _beside(tried: Sequence[int], best: int) -> list[int]:

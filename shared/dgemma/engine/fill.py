@@ -9,7 +9,7 @@ L canvas positions  V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,15 +82,25 @@ class Laid:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """How many candidates ran, and the denoising steps of all of them."""
+
+    candidates: int = 0
+    row_steps: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.candidates + other.candidates, self.row_steps + other.row_steps)
+
+
+@dataclass(frozen=True)
 class Filled:
-    """The best candidate: the ids of each gap with its edges, the canvas's score in nats, its denoising steps, and
-    the candidates and steps of all rows that were tried."""
+    """The best candidate of a window: the ids of each gap with its edges, the mean log-probability of its canvas in
+    nats, its denoising steps, and the cost of all candidates."""
 
     ids: list[list[int]]
     score: float
     steps: int
-    candidates: int
-    row_steps: int
+    cost: Cost
 
 
 class _Written:
@@ -145,13 +155,16 @@ class Filler:
             laid = {lengths: window.laid(lengths, L, pad) for lengths in candidates}
             fits = [lengths for lengths in candidates if laid[lengths].scored <= L]
             requests = [
-                Request(window.context, self.settings, self.seed, pins=laid[lengths].pins,
+                Request(window.context, self._settings(laid[lengths]), self.seed, pins=laid[lengths].pins,
                         draft=laid[lengths].draft, constraint=kinds.constraint(laid[lengths], L))
                 for lengths in fits
             ]  # fmt: skip
+            if not fits:
+                return [-np.inf] * len(candidates)
             self._check(window, requests)
             self.context(window.context)
-            drafts = _settled([self.engine.submit(request) for request in requests], self._tell)
+            handles = [self.engine.submit(request) for request in requests]
+            drafts = _settled(handles, self._patience(len(handles)), self._tell)
             # A canvas without anything free makes no step.
             canvases = [
                 steps[-1] if steps else np.array(laid[lengths].pins)
@@ -165,13 +178,46 @@ class Filler:
                 texts = [self.seams.text(gap, its) for gap, its in zip(window.gaps, ids, strict=True)]
                 mean = float(logs[: one.scored].mean())
                 mean -= 0 if all(map(self.seams.is_text, texts)) else _NO_TEXT
-                done[lengths] = Filled(ids, mean, len(steps), 1, len(steps))
+                done[lengths] = Filled(ids, mean, len(steps), Cost(1, len(steps)))
             return [done[lengths].score if lengths in done else -np.inf for lengths in candidates]
 
         known = [gap.hole.length for gap in window.gaps]
-        found = done[search(known, window.most, [len(gap.draft) for gap in window.gaps], score)]
-        steps = sum(one.steps for one in done.values())
-        return Filled(found.ids, found.score, found.steps, len(done), steps)
+        around, before = [len(gap.draft) for gap in window.gaps], Cost()
+        if len(known) > 1 and None in known:
+            around, before = self._one_by_one(window)
+        found = done[search(known, window.most, around, score)]
+        return replace(found, cost=before + sum((one.cost for one in done.values()), Cost()))
+
+    def _one_by_one(self, window: Window) -> tuple[list[int], Cost]:
+        """A length for each gap, and what they cost: found while nothing stands behind the next gap.
+
+        A gap of the wrong length would make all that is behind it protest, whatever the others' lengths.
+        """
+        lengths, cost, ids = [], Cost(), list(window.pieces[0])
+        for at, gap in enumerate(window.gaps):
+            last = window.pieces[at + 1]
+            more = window.gaps[at + 1 : at + 2]
+            behind = last + [one.left for one in more if one.left is not None]
+            one = replace(
+                window, pieces=[ids, behind], gaps=[gap], most=[window.most[at]],
+                reach=len(behind) if more else window.reach, ends=window.ends and not more,
+            )  # fmt: skip
+            found = self.fill(one)
+            lengths.append(len(found.ids[0]) - gap.edges)
+            cost += found.cost
+            ids = [*ids, *found.ids[0], *last]
+        return lengths, cost
+
+    def _settings(self, laid: Laid) -> GenerationConfig:
+        """The settings of a canvas. What is pinned has no doubt, so the others may have all of a canvas's."""
+        free = self.config.canvas_length - sum(id != FREE for id in laid.pins)
+        return self.settings.override(
+            confidence=self.settings.confidence * self.config.canvas_length / max(1, free)
+        )
+
+    def _patience(self, rows: int) -> int:
+        """Steps that so many candidates get if none of them settles: one alone has all."""
+        return self.settings.steps if rows == 1 else -(-self.settings.steps // 2)
 
     def _check(self, window: Window, requests: Sequence[Request]) -> None:
         positions = len(window.context) + self.config.canvas_length
@@ -207,11 +253,10 @@ class _Kinds:
         return _Written(self._classes, self._values[which])
 
 
-def _settled(handles: Sequence[Handle], tell: Callable[[int], None]) -> list[list[np.ndarray]]:
-    """The canvases of each request, step by step, as far as its company has patience."""
+def _settled(handles: Sequence[Handle], most: int, tell: Callable[[int], None]) -> list[list[np.ndarray]]:
+    """The canvases of each request, step by step, `most` steps at most or as far as its company has patience."""
     drafts: list[list[np.ndarray]] = [[] for _ in handles]
     ended = [False] * len(handles)
-    most: int | None = None
     while not all(ended):
         waits = ended.index(False)
         news = [(waits, next(iter(handles[waits])))]
@@ -223,9 +268,9 @@ def _settled(handles: Sequence[Handle], tell: Callable[[int], None]) -> list[lis
             if isinstance(event, Done):
                 ended[at] = True
                 if event.finish_reason != "cancelled" and (steps := len(drafts[at])):
-                    most = min(PATIENCE * steps + GRACE, most or PATIENCE * steps + GRACE)
+                    most = min(most, PATIENCE * steps + GRACE)
         for at, handle in enumerate(handles):
-            if most and not ended[at] and len(drafts[at]) >= most:
+            if not ended[at] and len(drafts[at]) >= most:
                 handle.cancel()
     # Which of them were still running when the first was done is left to chance, and must not matter.
     return [steps[:most] for steps in drafts]

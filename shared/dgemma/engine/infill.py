@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dgemma.engine.candidates import DOUBT
-from dgemma.engine.fill import Filled, Filler, Window
+from dgemma.engine.fill import Cost, Filled, Filler, Window
 from dgemma.errors import PromptError
 from dgemma.text.holes import Gap, Hole, in_order
 from dgemma.text.wording import ELSEWHERE
@@ -90,8 +90,8 @@ def infill(
         holes=tuple(done),
         canvases=len(canvases),
         steps=sum(one.steps for one in canvases),
-        candidates=sum(one.candidates for one in canvases),
-        row_steps=sum(one.row_steps for one in canvases),
+        candidates=sum(one.cost.candidates for one in canvases),
+        row_steps=sum(one.cost.row_steps for one in canvases),
         seconds=time.perf_counter() - began,
         seed=filler.seed,
         backend=filler.engine.runner.ops.name,
@@ -113,11 +113,7 @@ def _believed(
         if found[-1].score >= DOUBT:
             break
     best = max(range(len(found)), key=lambda at: found[at].score)
-    total = Filled(
-        found[best].ids, found[best].score, found[best].steps,
-        sum(one.candidates for one in found), sum(one.row_steps for one in found),
-    )  # fmt: skip
-    return tried[best], total
+    return tried[best], replace(found[best], cost=sum((one.cost for one in found), Cost()))
 
 
 def plan(
