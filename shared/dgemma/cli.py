@@ -29,6 +29,7 @@ COMMANDS = {
         "dgemma.commands.generate:generate",
         "Write a reply to a prompt, a batch of prompts or a conversation.",
     ),
+    "infill": ("dgemma.commands.infill:infill", "Fill the holes in a text."),
     "info": ("dgemma.commands.info:info", "Show a model's size and the memory it needs."),
     "selftest": ("dgemma.commands.selftest:selftest", "Check the kernels on this machine's GPU."),
     "verify": ("dgemma.commands.verify:verify", "Check a checkpoint, or compare two."),

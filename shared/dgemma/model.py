@@ -124,7 +124,6 @@ class Model(Runner):
         *,
         instruction: str | None = None,
         prompt: Sequence[Any] | None = None,
-        most: int | None = None,
         seed: int | None = None,
         watch: Watch | None = None,
         **settings: Unpack[Settings],
@@ -132,7 +131,7 @@ class Model(Runner):
         """A text with its holes filled; without `holes` they are where it has the mark `<<>>`, or `<<5>>`.
 
         Outside the holes the text stays as it is, character by character. A hole without a length gets up to
-        `most` tokens, by default a quarter of a canvas. `instruction` is the user's turn; `prompt`, a
+        `max_new_tokens`, by default a quarter of a canvas and at most three. `instruction` is the user's turn; `prompt`, a
         conversation or token ids, is all that stands before the text, in its place. `watch(done, total, what)`
         is told how far it is. PromptError and ConfigError in one line for what cannot be filled.
         """
@@ -144,7 +143,7 @@ class Model(Runner):
             return self._ids(to_infill(instruction, rest) if prompt is None else prompt)
 
         with self._filler(seed, watch, settings) as filler:
-            return infill(filler, text, holes, asked, most)
+            return infill(filler, text, holes, asked, settings.get("max_new_tokens"))
 
     @contextmanager
     def _filler(self, seed: int | None, watch: Watch | None, settings: Settings) -> Iterator[Filler]:

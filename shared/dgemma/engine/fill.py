@@ -20,6 +20,7 @@ from dgemma.engine.events import Done, Draft
 from dgemma.engine.handle import Handle
 from dgemma.engine.request import FREE, Request
 from dgemma.errors import PromptError
+from dgemma.network.config import Config
 from dgemma.network.context import Context
 from dgemma.settings import GenerationConfig
 from dgemma.text.holes import Gap, Seams
@@ -220,12 +221,7 @@ class Filler:
         return self.settings.steps if rows == 1 else -(-self.settings.steps // 2)
 
     def _check(self, window: Window, requests: Sequence[Request]) -> None:
-        positions = len(window.context) + self.config.canvas_length
-        if positions > self.config.max_positions:
-            raise PromptError(
-                f"the text and its prompt need {positions} positions, the model has {self.config.max_positions}; "
-                "give a part of the text"
-            )
+        check_room(self.config, len(window.context) + self.config.canvas_length)
         for request in requests:
             self.engine.check(request)
 
@@ -274,3 +270,12 @@ def _settled(handles: Sequence[Handle], most: int, tell: Callable[[int], None]) 
                 handle.cancel()
     # Which of them were still running when the first was done is left to chance, and must not matter.
     return [steps[:most] for steps in drafts]
+
+
+def check_room(config: Config, positions: int) -> None:
+    """PromptError if a text and its prompt need more positions than the model has."""
+    if positions > config.max_positions:
+        raise PromptError(
+            f"the text and its prompt need {positions} positions, the model has {config.max_positions}; "
+            "give a part of the text"
+        )

@@ -15,9 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dgemma.engine.candidates import DOUBT
-from dgemma.engine.fill import Cost, Filled, Filler, Window
+from dgemma.engine.fill import Cost, Filled, Filler, Window, check_room
 from dgemma.errors import PromptError
+from dgemma.network.config import Config
 from dgemma.text.holes import Gap, Hole, in_order
+from dgemma.text.messages import Message
+from dgemma.text.tokenizer import Tokenizer
 from dgemma.text.wording import ELSEWHERE
 
 Prompt = Callable[[str], list[int]]  # ids of the prompt, given the end of the text that no canvas has room for
@@ -63,6 +66,17 @@ class Infilled:
         return asdict(self)
 
 
+def check_holes(
+    config: Config, tokenizer: Tokenizer, text: str, holes: Sequence[Hole], prompt: Sequence[Message]
+) -> None:
+    """PromptError for holes that surely cannot be filled; the model's weights are not needed for it."""
+    L = config.canvas_length
+    for hole in in_order(text, holes):
+        if (hole.length or 0) >= L:
+            raise PromptError(f"a hole of {hole.length} tokens does not fit on a canvas of {L}")
+    check_room(config, len(tokenizer.encode_chat(prompt)) + max(L, len(tokenizer.encode_text(text)[0])))
+
+
 def infill(
     filler: Filler, text: str, holes: Sequence[Hole], prompt: Prompt, most: int | None = None
 ) -> Infilled:
@@ -71,8 +85,8 @@ def infill(
     PromptError for holes that are none, that overlap or that are too long for a canvas, and for a text that is
     too long for the model.
     """
-    began, left = time.perf_counter(), in_order(text, holes)
-    most = filler.config.canvas_length // SHARE if most is None else most
+    began, left, L = time.perf_counter(), in_order(text, holes), filler.config.canvas_length
+    most = L // SHARE if most is None else min(most, L - L // SHARE)
     done: list[Filling] = []
     canvases: list[Filled] = []
     while left:
@@ -121,7 +135,7 @@ def plan(
 ) -> Window:
     """The window of the first hole, and of those behind it that have room on its canvas, too."""
     L, stop = filler.config.canvas_length, filler.stop
-    fixed = sum(map(len, pieces)) + sum(gap.edges + (gap.hole.length or 0) for gap in gaps) + len(stop)
+    fixed = sum(map(len, pieces)) + sum(gap.edges + (gap.hole.length or len(gap.draft)) for gap in gaps) + len(stop)
     if fixed + most <= L:  # all of the text; holes share what room there is
         return Window(
             prompt(""), [*pieces[:-1], pieces[-1] + stop], gaps, _most(gaps, most), len(pieces[-1] + stop), True
@@ -129,7 +143,7 @@ def plan(
     taken, used = 1, _size(gaps[0], most)
     if used >= L:
         raise PromptError(
-            f"a hole of {used - gaps[0].edges} tokens does not fit on a canvas of {L}; lower its length"
+            f"a hole of {used - gaps[0].edges} tokens does not fit on a canvas of {L}, between {gaps[0].edges} more"
         )
     while taken < len(gaps):
         wider = used + len(pieces[taken]) + _size(gaps[taken], most)
@@ -156,9 +170,9 @@ def plan(
 
 
 def _most(gaps: Sequence[Gap], most: int) -> list[int]:
-    return [most if gap.hole.length is None else gap.hole.length for gap in gaps]
+    return [len(gap.draft) + most if gap.hole.length is None else gap.hole.length for gap in gaps]
 
 
 def _size(gap: Gap, most: int) -> int:
     """Positions that a gap may take."""
-    return gap.edges + (most if gap.hole.length is None else gap.hole.length)
+    return gap.edges + _most([gap], most)[0]

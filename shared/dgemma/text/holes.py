@@ -20,6 +20,7 @@ from dgemma.text.decoding import Decoder
 from dgemma.text.tokenizer import Tokenizer
 
 MARK = "<<>>"  # a hole; <<5>> is one of five tokens
+MARK_OF_ORDER = "\ufeff"
 _MARKS = re.compile(r"<<([0-9]{0,9})>>")
 _TURN_END = "<turn|>"
 _BROKEN = "\ufffd"  # what decoders write for bytes of no character
@@ -72,7 +73,7 @@ def _line(text: str, number: int) -> tuple[int, int]:
         raise PromptError(f"line {number} is beyond the text, which has {count} line{'s' * (count != 1)}")
     start, stop = edges[number - 1], edges[number] if number < len(edges) else len(text)
     line = text[start:stop].removesuffix("\n").removesuffix("\r")
-    return start + (number == 1 and line.startswith("\ufeff")), start + len(line)
+    return start + (number == 1 and line.startswith(MARK_OF_ORDER)), start + len(line)
 
 
 def in_order(text: str, holes: Sequence[Hole]) -> list[Hole]:
@@ -150,7 +151,9 @@ class Seams:
         holes = in_order(text, holes)
         edges = [0, *(place for hole in holes for place in (hole.start, hole.stop)), len(text)]
         parts = [text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)]
-        pieces = [self.tokenizer.encode_text(part.removeprefix("\ufeff"))[0] for part in parts]
+        # A reply has no byte order mark, and does not end with an end of a line.
+        parts[0], parts[-1] = parts[0].removeprefix(MARK_OF_ORDER), parts[-1].rstrip("\r\n")
+        pieces = [list(self._ids(part)) for part in parts]
         for before, after in pairwise(pieces):
             if "left" in letters and before:
                 before[-1:] = self._letters(before[-1])
