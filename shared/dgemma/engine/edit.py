@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from dgemma.engine.fill import Filler, Window
+from dgemma.engine.request import FREE
 from dgemma.engine.infill import SHARE, Infilled, infill
 from dgemma.text.holes import MARK_OF_ORDER, Hole, in_order
 
 # A token with a lower probability is not sure.
-SURE = 0.5
-ROUNDS = 3
+LEVELS = ((0.5, 0), (0.9, 2), (0.97, 4))
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class Edited:
 
 @dataclass(frozen=True)
 class Survey:
-    """How likely a text's tokens are, in nats, each with its characters from and to; the stop token is the last."""
+    """How likely a text's tokens are, in nats, which would be the likeliest, and each one's characters from and to.
+    The stop token is the last."""
 
     logs: np.ndarray
+    best: list[int]
     places: list[tuple[int, int]]
     canvases: int
 
@@ -68,32 +70,42 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
     body = text[start:].rstrip("\r\n")
     ids, places = filler.seams.tokenizer.encode_text(body)
     places = [(a + start, b + start) for a, b in places] + [(start + len(body),) * 2] * len(filler.stop)
-    tokens, logs, canvases = [*ids, *filler.stop], [], 0
+    tokens, logs, best, canvases = [*ids, *filler.stop], [], [], 0
     while len(logs) < len(tokens):
         begin = len(logs)
         canvas = tokens[begin : begin + L]
         # A quarter of a canvas is seen for the sake of what stands before it, unless it is the last.
         count = len(canvas) if begin + L >= len(tokens) else L - L // SHARE
         window = Window([*prompt, *tokens[:begin]], [canvas], [], [], len(canvas), True)
-        own = filler.score(window, [np.array(canvas + [pad] * (L - len(canvas)))])[0]
-        logs += own[:count].tolist()
+        own, likeliest = filler.judge(window, [np.array(canvas + [pad] * (L - len(canvas)))])
+        logs += own[0, :count].tolist()
+        best += likeliest[0, :count].tolist()
         canvases += 1
-    return Survey(np.array(logs), places, canvases)
+    return Survey(np.array(logs), best, places, canvases)
 
 
-def doubted(seen: Survey, regions: Sequence[Hole] = ()) -> list[Hole]:
-    """Holes in the place of the tokens that are not sure, within `regions` if there are any."""
-    found: list[tuple[int, int]] = []  # tokens, from and to
-    for at in np.flatnonzero(seen.logs < np.log(SURE)):
-        a, b = seen.places[at]
+def doubted(filler: Filler, seen: Survey, sure: float, width: int, regions: Sequence[Hole] = ()) -> list[Hole]:
+    """Holes in the place of the tokens below the probability `sure` and `width` more on either side, within `regions` if there are any."""
+    last = len(seen.logs)
+    unsure = np.zeros(last, bool)
+    for at in np.flatnonzero(seen.logs < np.log(sure)):
+        unsure[max(0, at - width) : at + width + 1] = True
+    for at, (a, b) in enumerate(seen.places):
         if regions and not any(region.start <= a and b <= region.stop for region in regions):
-            continue
+            unsure[at] = False
+    found: list[tuple[int, int]] = []  # tokens, from and to
+    for at in np.flatnonzero(unsure):
         # A single token between two is as little known as they are.
         if found and at - found[-1][1] <= 1:
             found[-1] = found[-1][0], int(at) + 1
         else:
             found.append((int(at), int(at) + 1))
-    return [Hole(seen.places[a][0], seen.places[b - 1][1]) for a, b in found]
+    written, end = filler.seams.written, seen.places[-1][1]
+    return [
+        Hole(seen.places[a][0], seen.places[b - 1][1], None,
+             tuple(id if written[id] else FREE for id, place in zip(seen.best[a:b], seen.places[a:b], strict=True) if place[0] < end))
+        for a, b in found
+    ]
 
 
 def edit(
@@ -104,17 +116,18 @@ def edit(
     regions = in_order(text, regions) if regions else []
     seen = survey(filler, text, prompt)
     first, surveys, done = seen, [seen], []
-    for _ in range(ROUNDS):
-        holes = doubted(seen, regions)
+    for sure, width in LEVELS:
+        holes = doubted(filler, seen, sure, width, regions)
         if not holes:
-            break
+            continue
         new = infill(filler, text, holes, lambda _: prompt, most)
+        done.append(new)
+        if new.text == text:
+            continue
         after = survey(filler, new.text, prompt)
         surveys.append(after)
-        done.append(new)
-        if new.text == text or after.score <= seen.score:
-            break
-        text, seen = new.text, after
+        if after.score > seen.score:
+            text, seen = new.text, after
     def total(name: str) -> int:
         return sum(getattr(one, name) for one in done)
     return Edited(text, len(done), (first.score, seen.score), sum(s.canvases for s in surveys), total("canvases"), total("steps"), total("candidates"), total("row_steps"), time.perf_counter()-began, filler.seed, filler.engine.runner.ops.name)

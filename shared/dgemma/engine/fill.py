@@ -62,7 +62,7 @@ class Window:
             right = [] if gap.right is None else [gap.right]
             edges += [(start, ("left", id)) for id in left]
             edges += [(start + len(left) + n, ("right", id)) for id in right]
-            draft += [*left, *gap.draft[:n], *[FREE] * (n - len(gap.draft)), *right, *piece]
+            draft += [*left, *(gap.draft if n == len(gap.draft) else [FREE] * n), *right, *piece]
             pins += [FREE] * (n + gap.edges) + piece
             places.append(slice(start, start + n + gap.edges))
         if self.ends:
@@ -140,16 +140,19 @@ class Filler:
                 self.engine.prefixes.keep(ids, found)
             return found
 
-    def score(self, window: Window, canvases: Sequence[np.ndarray]) -> np.ndarray:
-        """Log-probabilities [B, L] in nats of the tokens of canvases [L] in a window."""
+    def judge(self, window: Window, canvases: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Of canvases [L] in a window: log-probabilities [B, L] in nats of their tokens, the likeliest tokens."""
         context = self.context(window.context)
         with self.engine.alone():
-            return self.engine.runner.score([context] * len(canvases), np.stack(canvases))
+            return self.engine.runner.judge([context] * len(canvases), np.stack(canvases))
 
     def fill(self, window: Window) -> Filled:
         """The best candidate of a window. PromptError if the model has no room for its context."""
         kinds = _Kinds(self.seams, window.gaps)
         done: dict[Lengths, Filled] = {}
+        known = [gap.hole.length for gap in window.gaps]
+        # A canvas that is the only one has all steps, and candidates half of them while none has settled.
+        patience = [self.settings.steps if None not in known else -(-self.settings.steps // 2)]
 
         def score(candidates: list[Lengths]) -> list[float]:
             L, pad = self.config.canvas_length, self.config.pad_id
@@ -165,14 +168,14 @@ class Filler:
             self._check(window, requests)
             self.context(window.context)
             handles = [self.engine.submit(request) for request in requests]
-            drafts = _settled(handles, self._patience(len(handles)), self._tell)
+            drafts, patience[0] = _settled(handles, patience[0], self._tell)
             # A canvas without anything free makes no step.
             canvases = [
                 steps[-1] if steps else np.array(laid[lengths].pins)
                 for lengths, steps in zip(fits, drafts, strict=True)
             ]
             for lengths, canvas, steps, logs in zip(
-                fits, canvases, drafts, self.score(window, canvases), strict=True
+                fits, canvases, drafts, self.judge(window, canvases)[0], strict=True
             ):
                 one = laid[lengths]
                 ids = [canvas[place].tolist() for place in one.places]
@@ -182,7 +185,6 @@ class Filler:
                 done[lengths] = Filled(ids, mean, len(steps), Cost(1, len(steps)))
             return [done[lengths].score if lengths in done else -np.inf for lengths in candidates]
 
-        known = [gap.hole.length for gap in window.gaps]
         around, before = [len(gap.draft) for gap in window.gaps], Cost()
         if len(known) > 1 and None in known:
             around, before = self._one_by_one(window)
@@ -216,10 +218,6 @@ class Filler:
             confidence=self.settings.confidence * self.config.canvas_length / max(1, free)
         )
 
-    def _patience(self, rows: int) -> int:
-        """Steps that so many candidates get if none of them settles: one alone has all."""
-        return self.settings.steps if rows == 1 else -(-self.settings.steps // 2)
-
     def _check(self, window: Window, requests: Sequence[Request]) -> None:
         check_room(self.config, len(window.context) + self.config.canvas_length)
         for request in requests:
@@ -249,8 +247,13 @@ class _Kinds:
         return _Written(self._classes, self._values[which])
 
 
-def _settled(handles: Sequence[Handle], most: int, tell: Callable[[int], None]) -> list[list[np.ndarray]]:
-    """The canvases of each request, step by step, `most` steps at most or as far as its company has patience."""
+def _settled(
+    handles: Sequence[Handle], most: int, tell: Callable[[int], None]
+) -> tuple[list[list[np.ndarray]], int]:
+    """The canvases of each request, step by step: of `most` steps, or as many as patience allows.
+
+    That is the other number, for those that run later.
+    """
     drafts: list[list[np.ndarray]] = [[] for _ in handles]
     ended = [False] * len(handles)
     while not all(ended):
@@ -269,7 +272,7 @@ def _settled(handles: Sequence[Handle], most: int, tell: Callable[[int], None]) 
             if not ended[at] and len(drafts[at]) >= most:
                 handle.cancel()
     # Which of them were still running when the first was done is left to chance, and must not matter.
-    return [steps[:most] for steps in drafts]
+    return [steps[:most] for steps in drafts], most
 
 
 def check_room(config: Config, positions: int) -> None:

@@ -28,11 +28,15 @@ _BROKEN = "\ufffd"  # what decoders write for bytes of no character
 
 @dataclass(frozen=True)
 class Hole:
-    """Characters `start` to `stop` of a text, to be written anew; `length` is in tokens, None if unknown."""
+    """Characters `start` to `stop` of a text, to be written anew; `length` is in tokens, None if unknown.
+
+    `draft` are ids to begin with, by default those of the old text; -1 is noise.
+    """
 
     start: int
     stop: int
     length: int | None = None
+    draft: tuple[int, ...] | None = None
 
 
 # ---- where -----------------------------------------------------------------------------------------
@@ -159,7 +163,10 @@ class Seams:
                 before[-1:] = self._letters(before[-1])
             if "right" in letters and after:
                 after[:1] = self._letters(after[0])
-        gaps = [Gap(hole, draft=self._ids(text[hole.start : hole.stop])) for hole in holes]
+        gaps = [
+            Gap(hole, draft=self._ids(text[hole.start : hole.stop]) if hole.draft is None else hole.draft)
+            for hole in holes
+        ]
         for at, gap in enumerate(gaps):
             # A piece gives one token to an edge at most, and keeps one between two holes.
             before, after = pieces[at], pieces[at + 1]

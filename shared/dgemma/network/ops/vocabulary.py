@@ -160,34 +160,44 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
     return z if softcap is None else soft_cap(ops, z, softcap)
 
 
-def log_probabilities(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> Array:
-    """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D]; table [V, D].
+def judged(
+    ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array
+) -> tuple[Array, Array]:
+    """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D], and the likeliest token [N].
 
-    One tile of logits exists at a time, of `vocab_rows` positions.
+    `table` is [V, D]. One tile of logits exists at a time, of `vocab_rows` positions.
     """
-    parts: list[Array] = []
+    logs: list[Array] = []
+    best: list[Array] = []
     for start in range(0, h.shape[0], ops.vocab_rows):
         rows = slice(start, start + ops.vocab_rows)
-        x = ops.after(h[rows], parts[-1]) if parts else h[rows]
-        parts.append(_log_probabilities(ops, x, table, softcap, ids[rows]))
-    return ops.concat(parts, 0)
+        x = ops.after(h[rows], logs[-1], best[-1]) if logs else h[rows]
+        own, first = _judged(ops, x, table, softcap, ids[rows])
+        logs.append(own)
+        best.append(first)
+    return ops.concat(logs, 0), ops.concat(best, 0)
 
 
-def _log_probabilities(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> Array:
-    top = mass = own = None
+def _judged(
+    ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array
+) -> tuple[Array, Array]:
+    own = mass = top = argmax = None
     for a in range(0, table.shape[0], ops.vocab_tile):
-        x = h if own is None else ops.after(h, own, mass)
+        x = h if own is None else ops.after(h, own, mass, top, argmax)
         z = logits(ops, x, table[a : a + ops.vocab_tile], softcap)
-        here, peak = ids - a, ops.max(z, -1, keepdims=True)
+        here, peak, place = ids - a, ops.max(z, -1, keepdims=True), ops.argmax(z, -1) + a
         inside = (here >= 0) & (here < z.shape[-1])
-        found = ops.take_along(z, ops.where(inside, here, 0)[:, None], -1)[:, 0]
-        found = ops.where(inside, found, 0.0)
-        best = peak if top is None else ops.maximum(top, peak)
-        sums = ops.sum(ops.exp(z - best), -1, keepdims=True)
-        mass = sums if mass is None else mass * ops.exp(top - best) + sums
-        own = found if own is None else own + found
-        top = best
-    return own - (top + ops.log(mass))[:, 0]
+        found = ops.take_along(z, ops.where(inside, here, here * 0)[:, None], -1)[:, 0]
+        found = ops.where(inside, found, found * 0.0)
+        if own is None:
+            own, top, argmax = found, peak, place
+            mass = ops.sum(ops.exp(z - peak), -1, keepdims=True)
+            continue
+        argmax = ops.where((peak > top)[:, 0], place, argmax)
+        higher = ops.maximum(top, peak)
+        mass = mass * ops.exp(top - higher) + ops.sum(ops.exp(z - higher), -1, keepdims=True)
+        own, top = own + found, higher
+    return own - (top + ops.log(mass))[:, 0], argmax
 
 
 def _added(ops: Vocabulary, bias: Bias, start: int, count: int) -> Array:
