@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from dgemma.engine.fill import Filler, Window
+from dgemma.engine.sampler import Noise, row_id
 from dgemma.engine.request import FREE
 from dgemma.engine.infill import SHARE, Infilled, infill
 from dgemma.text.holes import MARK_OF_ORDER, Hole, in_order
 
 # A token with a lower probability is not sure.
+HIDDEN = 4
 LEVELS = ((0.5, 0), (0.9, 2), (0.97, 4))
 
 
@@ -77,9 +79,13 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
         # A quarter of a canvas is seen for the sake of what stands before it, unless it is the last.
         count = len(canvas) if begin + L >= len(tokens) else L - L // SHARE
         window = Window([*prompt, *tokens[:begin]], [canvas], [], [], len(canvas), True)
-        own, likeliest = filler.judge(window, [np.array(canvas + [pad] * (L - len(canvas)))])
-        logs += own[0, :count].tolist()
-        best += likeliest[0, :count].tolist()
+        whole = np.array(canvas + [pad] * (L - len(canvas)))
+        noise = Noise(filler.seed, row_id(window.context), 0, filler.config.vocab_size).start(1, L)
+        rows = np.arange(L) % HIDDEN
+        hidden = [np.where(rows == row, noise, whole) for row in range(HIDDEN)]
+        own, likeliest = filler.judge(window, hidden, [whole] * HIDDEN)
+        logs += own[rows[:count], np.arange(count)].tolist()
+        best += likeliest[rows[:count], np.arange(count)].tolist()
         canvases += 1
     return Survey(np.array(logs), best, places, canvases)
 
@@ -96,10 +102,12 @@ def doubted(filler: Filler, seen: Survey, sure: float, width: int, regions: Sequ
     found: list[tuple[int, int]] = []  # tokens, from and to
     for at in np.flatnonzero(unsure):
         # A single token between two is as little known as they are.
-        if found and at - found[-1][1] <= 1:
+        if found and (at - found[-1][1] <= 1 or seen.places[at][0] <= seen.places[found[-1][1] - 1][1]):
             found[-1] = found[-1][0], int(at) + 1
         else:
             found.append((int(at), int(at) + 1))
+    longest = filler.config.canvas_length // 2
+    found = [(a, min(b, a + longest)) for a, b in found]
     written, end = filler.seams.written, seen.places[-1][1]
     return [
         Hole(seen.places[a][0], seen.places[b - 1][1], None,

@@ -140,11 +140,15 @@ class Filler:
                 self.engine.prefixes.keep(ids, found)
             return found
 
-    def judge(self, window: Window, canvases: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Of canvases [L] in a window: log-probabilities [B, L] in nats of their tokens, the likeliest tokens."""
+    def judge(
+        self, window: Window, canvases: Sequence[np.ndarray], tokens: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `Runner.judge` says of canvases [L] in a window, each as large as `tokens`."""
         context = self.context(window.context)
         with self.engine.alone():
-            return self.engine.runner.judge([context] * len(canvases), np.stack(canvases))
+            return self.engine.runner.judge(
+                [context] * len(canvases), np.stack(canvases), None if tokens is None else np.stack(tokens)
+            )
 
     def fill(self, window: Window) -> Filled:
         """The best candidate of a window. PromptError if the model has no room for its context."""

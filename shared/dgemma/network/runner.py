@@ -152,19 +152,22 @@ class Runner:
         z = self._variant(run, "logits")(*self._inputs(contexts, canvas, soft))
         return self.ops.to_numpy(z).astype(np.float32).reshape(*np.shape(canvas), -1)
 
-    def judge(self, contexts: Sequence[Context], canvas: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The log-probability [B, L] in nats of each token of canvas [B, L], and the likeliest tokens [B, L].
+    def judge(
+        self, contexts: Sequence[Context], canvas: Any, tokens: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The log-probability [B, L] in nats of tokens [B, L] where canvas [B, L] stands, and the likeliest tokens.
 
-        Both are before temperature. The canvas is seen as it stands, without self-conditioning; `contexts` are
-        as in `see`.
+        `tokens` are by default the canvas's own. All is before temperature. The canvas is seen as it stands,
+        without self-conditioning; `contexts` are as in `see`.
         """
 
         def run(*given: Any) -> tuple[Array]:
             return (self._denoise(*given),)
 
         ops, inputs = self.ops, self._inputs(contexts, canvas, None)
+        ids = inputs[0] if tokens is None else ops.asarray(np.asarray(tokens))
         (h,) = self._variant(run, "denoise")(*inputs)
-        logs, best = judged(ops, h, self.weights.embed, self.config.softcap, inputs[0].reshape(-1))
+        logs, best = judged(ops, h, self.weights.embed, self.config.softcap, ids.reshape(-1))
         # Ids below 2^24 are exact in float32, and one array is one host read.
         both = ops.to_numpy(ops.concat([logs[None], ops.to_wide(best)[None]], 0))
         return both[0].reshape(np.shape(canvas)), both[1].astype(np.int64).reshape(np.shape(canvas))
