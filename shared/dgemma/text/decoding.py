@@ -52,6 +52,11 @@ class Decoder:
         """Whether an id has no text but white space."""
         return self._kind(id)[2]
 
+    def is_byte(self, id: int) -> bool:
+        """Whether an id is a byte by name, which is a character only with its neighbours."""
+        token = self._raw.id_to_token(id) or ""
+        return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
     def cut(self, ids: Sequence[int], start: int) -> int:
         """The last place from `start` on where ids may be cut, 0 if there is none.
 
@@ -72,8 +77,7 @@ class Decoder:
         """Whether an id surely begins a character, may leave one open, and is blank."""
         kind = self._kinds.get(id)
         if kind is None:
-            text, token = self.text([id]), self._raw.id_to_token(id) or ""
-            is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            text, is_byte = self.text([id]), self.is_byte(id)
             begins = not is_byte and not text.startswith(_BROKEN)
             is_open = is_byte or text.endswith(_BROKEN)
             kind = self._kinds[id] = (begins, is_open, not text.strip())

@@ -142,6 +142,8 @@ class Seams:
         # [V] bool: no text is written with a control token, or with one that has no text.
         self.written = np.array([bool(text) for text in self.texts])
         self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = False
+        # [V] bool: a byte by name, even that of a letter, is the letter only among bytes that make characters.
+        self._whole = np.array([not decoder.is_byte(id) for id in range(vocab_size)])
         self._sets: dict[tuple[str, int], np.ndarray] = {}
 
     def cut(
@@ -197,7 +199,7 @@ class Seams:
     def _grows(self, id: int, text: str, side: str) -> bool:
         own = self.texts[id]
         stands = text.endswith(own) if side == "left" else text.startswith(own)
-        return bool(own) and _BROKEN not in own and stands and self.allowed(id, side).sum() > 1
+        return bool(self._whole[id] and own) and _BROKEN not in own and stands and self.allowed(id, side).sum() > 1
 
     def allowed(self, id: int, side: str) -> np.ndarray:
         """Which tokens [V] bool may stand in the place of the one at an edge: on the left those that begin with
@@ -206,7 +208,7 @@ class Seams:
         if key not in self._sets:
             own = self.texts[id]
             found = [t.startswith(own) if side == "left" else t.endswith(own) for t in self.texts]
-            self._sets[key] = np.array(found) & self.written
+            self._sets[key] = np.array(found) & self.written & self._whole
             self._sets[key][id] = True
         return self._sets[key]
 
