@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": ("dgemma_cuda.command:bench", "Time a denoising step at full size, without a download."),
     "chat": ("dgemma.commands.chat:chat", "Talk with the model, turn by turn."),
     "convert": ("dgemma_convert.command:convert", "Convert a checkpoint to another format."),
+    "edit": ("dgemma.commands.edit:edit", "Change a text as an instruction asks, and show the difference."),
     "generate": (
         "dgemma.commands.generate:generate",
         "Write a reply to a prompt, a batch of prompts or a conversation.",

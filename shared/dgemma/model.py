@@ -19,12 +19,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from dgemma.engine.engine import Engine, Limits
+from dgemma.engine.edit import Edited, edit
 from dgemma.engine.engine import Engine
 from dgemma.engine.events import Event
 from dgemma.engine.fill import ROWS, Filler, Watch
 from dgemma.engine.infill import Infilled, infill
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
+from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.network.context import Context
 from dgemma.network.ops import Ops
@@ -34,7 +36,7 @@ from dgemma.settings import GenerationConfig, Settings, number
 from dgemma.text.holes import Hole, Seams, emptied, marked
 from dgemma.text.messages import is_conversation
 from dgemma.text.tokenizer import Tokenizer, needed
-from dgemma.text.wording import to_infill
+from dgemma.text.wording import to_edit, to_infill
 
 
 class Model(Runner):
@@ -144,6 +146,29 @@ class Model(Runner):
 
         with self._filler(seed, watch, settings) as filler:
             return infill(filler, text, holes, asked, settings.get("max_new_tokens"))
+
+    def edit(
+        self,
+        text: str,
+        instruction: str | None = None,
+        *,
+        regions: Sequence[Hole] = (),
+        prompt: Sequence[Any] | None = None,
+        seed: int | None = None,
+        watch: Watch | None = None,
+        **settings: Unpack[Settings],
+    ) -> Edited:
+        """A text changed as an instruction asks, where the model is not sure of it; the rest is pinned.
+
+        If there are `regions`, nothing outside of them changes. A hole may grow by `max_new_tokens`, by default a
+        quarter of a canvas. The other arguments are those of `infill`; `prompt` stands in the place of the
+        instruction. PromptError and ConfigError in one line for what cannot be edited.
+        """
+        if (instruction is None) == (prompt is None):
+            raise PromptError("an edit takes an instruction or a prompt, and not both")
+        ids = self._ids(to_edit(instruction or "", text) if prompt is None else prompt)
+        with self._filler(seed, watch, settings) as filler:
+            return edit(filler, text, ids, regions, settings.get("max_new_tokens"))
 
     @contextmanager
     def _filler(self, seed: int | None, watch: Watch | None, settings: Settings) -> Iterator[Filler]:

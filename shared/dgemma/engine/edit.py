@@ -1,8 +1,9 @@
 """A text is changed as an instruction asks: what the model is least sure of settles anew, the rest is pinned.
 
-The text stands on the canvas as if it were the reply to the instruction, and the model is asked how likely each of
-its tokens is there. Unlikely ones become holes that begin with what they held, and are filled as in `infill`. That
-is done again while it makes the text more likely.
+The text stands on the canvas as if it were the reply to the instruction. A survey asks how likely each of its tokens
+is while it is hidden. Unlikely ones become holes, which begin with what the survey found likely, and are filled as in
+`infill`. That is done again, with other noise and wider holes, while something is unlikely. The text changes only if
+that makes it likelier.
 
 L canvas positions
 """
@@ -17,27 +18,33 @@ from typing import Any
 import numpy as np
 
 from dgemma.engine.fill import Filler, Window
-from dgemma.engine.sampler import Noise, row_id
-from dgemma.engine.request import FREE
 from dgemma.engine.infill import SHARE, Infilled, infill
+from dgemma.engine.request import FREE
+from dgemma.engine.sampler import Noise, row_id
 from dgemma.text.holes import MARK_OF_ORDER, Hole, in_order
 
 # A token with a lower probability is not sure.
+SURE = 0.5
+# Tokens on either side of those that are not sure which may change, too, try by try.
+WIDTHS = (0, 1, 3)
+# A survey has so many canvases; each hides another share of the tokens behind noise.
 HIDDEN = 4
-LEVELS = ((0.5, 0), (0.9, 2), (0.97, 4))
 
 
 @dataclass(frozen=True)
 class Edited:
-    """A text after an edit, and what it took: `surveys` are looks at a canvas as it stood, `steps` denoising steps
-    of the canvases that were kept, `row_steps` those of all `candidates`. `score` is the text's mean
-    log-probability in nats before and after."""
+    """A text after an edit, and what it took.
+
+    `before` and `after` are the texts' scores: the mean log-probability of their tokens in nats, each while it is
+    hidden. `surveys` are passes that found them, `steps` denoising steps of the canvases that were filled, and
+    `row_steps` those of all `candidates`.
+    """
 
     text: str
-    rounds: int
-    score: tuple[float, float]
+    before: float
+    after: float
     surveys: int
-    canvases: int
+    tries: int
     steps: int
     candidates: int
     row_steps: int
@@ -75,67 +82,92 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
     tokens, logs, best, canvases = [*ids, *filler.stop], [], [], 0
     while len(logs) < len(tokens):
         begin = len(logs)
-        canvas = tokens[begin : begin + L]
+        part = tokens[begin : begin + L]
         # A quarter of a canvas is seen for the sake of what stands before it, unless it is the last.
-        count = len(canvas) if begin + L >= len(tokens) else L - L // SHARE
-        window = Window([*prompt, *tokens[:begin]], [canvas], [], [], len(canvas), True)
-        whole = np.array(canvas + [pad] * (L - len(canvas)))
+        count = len(part) if begin + L >= len(tokens) else L - L // SHARE
+        window = Window([*prompt, *tokens[:begin]], [part], [], [], len(part), True)
+        canvas = np.array(part + [pad] * (L - len(part)))
         noise = Noise(filler.seed, row_id(window.context), 0, filler.config.vocab_size).start(1, L)
-        rows = np.arange(L) % HIDDEN
-        hidden = [np.where(rows == row, noise, whole) for row in range(HIDDEN)]
-        own, likeliest = filler.judge(window, hidden, [whole] * HIDDEN)
-        logs += own[rows[:count], np.arange(count)].tolist()
-        best += likeliest[rows[:count], np.arange(count)].tolist()
-        canvases += 1
+        share = np.arange(L) % HIDDEN
+        rows = [np.where(share == row, noise, canvas) for row in range(HIDDEN)]
+        found = filler.judge(window, rows, [canvas] * HIDDEN)
+        own, likeliest = (x[share[:count], np.arange(count)].tolist() for x in found)
+        logs, best, canvases = logs + own, best + likeliest, canvases + 1
     return Survey(np.array(logs), best, places, canvases)
 
 
-def doubted(filler: Filler, seen: Survey, sure: float, width: int, regions: Sequence[Hole] = ()) -> list[Hole]:
-    """Holes in the place of the tokens below the probability `sure` and `width` more on either side, within `regions` if there are any."""
-    last = len(seen.logs)
-    unsure = np.zeros(last, bool)
-    for at in np.flatnonzero(seen.logs < np.log(sure)):
+def doubted(filler: Filler, seen: Survey, width: int = 0, regions: Sequence[Hole] = ()) -> list[Hole]:
+    """Holes in the place of the tokens that are not sure and of `width` more on either side.
+
+    If there are `regions`, no token outside of them is in a hole. A hole has at most half of a canvas's tokens.
+    """
+    unsure = np.zeros(len(seen.logs), bool)
+    for at in np.flatnonzero(seen.logs < np.log(SURE)):
         unsure[max(0, at - width) : at + width + 1] = True
-    for at, (a, b) in enumerate(seen.places):
-        if regions and not any(region.start <= a and b <= region.stop for region in regions):
+    for at, (start, stop) in enumerate(seen.places):
+        if regions and not any(one.start <= start and stop <= one.stop for one in regions):
             unsure[at] = False
     found: list[tuple[int, int]] = []  # tokens, from and to
-    for at in np.flatnonzero(unsure):
-        # A single token between two is as little known as they are.
+    for at in map(int, np.flatnonzero(unsure)):
+        # A single token between two is as little known as they are. Bytes of a character have one place.
         if found and (at - found[-1][1] <= 1 or seen.places[at][0] <= seen.places[found[-1][1] - 1][1]):
-            found[-1] = found[-1][0], int(at) + 1
+            found[-1] = found[-1][0], at + 1
         else:
-            found.append((int(at), int(at) + 1))
+            found.append((at, at + 1))
     longest = filler.config.canvas_length // 2
-    found = [(a, min(b, a + longest)) for a, b in found]
-    written, end = filler.seams.written, seen.places[-1][1]
-    return [
-        Hole(seen.places[a][0], seen.places[b - 1][1], None,
-             tuple(id if written[id] else FREE for id, place in zip(seen.best[a:b], seen.places[a:b], strict=True) if place[0] < end))
-        for a, b in found
-    ]
+    return [_hole(filler, seen, start, min(stop, start + longest)) for start, stop in found]
+
+
+def _hole(filler: Filler, seen: Survey, start: int, stop: int) -> Hole:
+    """A hole in the place of tokens `start` to `stop`, with what is likeliest there as its draft."""
+    end, written = seen.places[-1][1], filler.seams.written
+    inside = [at for at in range(start, stop) if seen.places[at][0] < end]  # the stop token has no text
+    draft = tuple(seen.best[at] if written[seen.best[at]] else FREE for at in inside)
+    return Hole(seen.places[start][0], seen.places[stop - 1][1], None, draft)
 
 
 def edit(
     filler: Filler, text: str, prompt: list[int], regions: Sequence[Hole] = (), most: int | None = None
 ) -> Edited:
-    """The text as the prompt asks for it; outside of `regions`, if there are any, nothing changes."""
+    """The text as the prompt asks for it, or as it was; outside of `regions`, if there are any, nothing changes.
+
+    A hole may get `most` tokens more than it had. PromptError for regions that are none, and for a text that is
+    too long for the model.
+    """
     began = time.perf_counter()
     regions = in_order(text, regions) if regions else []
     seen = survey(filler, text, prompt)
-    first, surveys, done = seen, [seen], []
-    for sure, width in LEVELS:
-        holes = doubted(filler, seen, sure, width, regions)
+    surveys, done = [seen], []
+    for filler.attempt, width in enumerate(WIDTHS):
+        holes = doubted(filler, seen, width, regions)
         if not holes:
-            continue
-        new = infill(filler, text, holes, lambda _: prompt, most)
-        done.append(new)
-        if new.text == text:
-            continue
-        after = survey(filler, new.text, prompt)
-        surveys.append(after)
-        if after.score > seen.score:
-            text, seen = new.text, after
-    def total(name: str) -> int:
-        return sum(getattr(one, name) for one in done)
-    return Edited(text, len(done), (first.score, seen.score), sum(s.canvases for s in surveys), total("canvases"), total("steps"), total("candidates"), total("row_steps"), time.perf_counter()-began, filler.seed, filler.engine.runner.ops.name)
+            break
+        done.append(infill(filler, text, holes, lambda _: prompt, most))
+        if done[-1].text != text:
+            surveys.append(survey(filler, done[-1].text, prompt))
+            if surveys[-1].score > seen.score:
+                text, seen = done[-1].text, surveys[-1]
+                regions = _moved(regions, done[-1], holes)
+    return Edited(
+        text=text,
+        before=surveys[0].score,
+        after=seen.score,
+        surveys=sum(one.canvases for one in surveys),
+        tries=len(done),
+        steps=sum(one.steps for one in done),
+        candidates=sum(one.candidates for one in done),
+        row_steps=sum(one.row_steps for one in done),
+        seconds=time.perf_counter() - began,
+        seed=filler.seed,
+        backend=filler.engine.runner.ops.name,
+    )
+
+
+def _moved(regions: Sequence[Hole], new: Infilled, holes: Sequence[Hole]) -> list[Hole]:
+    """The regions of a text in which `holes` were filled, each of them inside a region."""
+
+    def shift(place: int, after: bool) -> int:
+        gone = [h for h in zip(holes, new.holes, strict=True) if h[0].stop < place or (after and h[0].stop == place)]
+        return place + sum(len(filled.text) - (hole.stop - hole.start) for hole, filled in gone)
+
+    return [Hole(shift(one.start, False), shift(one.stop, True)) for one in regions]

@@ -19,6 +19,7 @@ from dgemma.engine.engine import Engine
 from dgemma.engine.events import Done, Draft
 from dgemma.engine.handle import Handle
 from dgemma.engine.request import FREE, Request
+from dgemma.engine.sampler import row_id
 from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.network.context import Context
@@ -126,6 +127,7 @@ class Filler:
         self.engine, self.seams, self.seed, self.watch = engine, seams, seed, watch
         self.config = engine.runner.config
         self.settings = settings.override(max_new_tokens=self.config.canvas_length)
+        self.attempt = 0  # another one draws other noise
         self.stop = seams.turn_end(settings.stop_ids)
 
     def context(self, ids: Sequence[int]) -> Context:
@@ -162,8 +164,9 @@ class Filler:
             L, pad = self.config.canvas_length, self.config.pad_id
             laid = {lengths: window.laid(lengths, L, pad) for lengths in candidates}
             fits = [lengths for lengths in candidates if laid[lengths].scored <= L]
+            row = (row_id(window.context) + self.attempt) % 2**64
             requests = [
-                Request(window.context, self._settings(laid[lengths]), self.seed, pins=laid[lengths].pins,
+                Request(window.context, self._settings(laid[lengths]), self.seed, row, pins=laid[lengths].pins,
                         draft=laid[lengths].draft, constraint=kinds.constraint(laid[lengths], L))
                 for lengths in fits
             ]  # fmt: skip

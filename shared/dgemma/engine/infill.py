@@ -74,7 +74,13 @@ def check_holes(
     for hole in in_order(text, holes):
         if (hole.length or 0) >= L:
             raise PromptError(f"a hole of {hole.length} tokens does not fit on a canvas of {L}")
-    check_room(config, len(tokenizer.encode_chat(prompt)) + max(L, len(tokenizer.encode_text(text)[0])))
+    check_text(config, tokenizer, text, prompt)
+
+
+def check_text(config: Config, tokenizer: Tokenizer, text: str, prompt: Sequence[Message]) -> None:
+    """PromptError for a text that surely is too long for the model, behind its prompt."""
+    own = len(tokenizer.encode_text(text)[0])
+    check_room(config, len(tokenizer.encode_chat(prompt)) + max(config.canvas_length, own))
 
 
 def infill(
