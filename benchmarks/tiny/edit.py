@@ -84,7 +84,8 @@ def main(model: str | None, backend: str, device: str | None, count: int, seed: 
         for task, draft in track(todo, "editing", console=err, disable=not err.is_terminal):
             got = score(loaded, task, draft, count, seed)
             means = [
-                np.mean([getattr(one, name) for one in got.edits]) for name in ("steps", "surveys", "candidates")
+                np.mean([getattr(one, name) for one in got.edits])
+                for name in ("steps", "surveys", "candidates")
             ]
             shares = f"{np.mean(got.anew):.1%}", f"{np.mean(got.anew_steps):.1f}", f"{np.mean(got.right):.1%}"
             out.add_row(task, draft, *shares, *(f"{mean:.1f}" for mean in means))

@@ -100,7 +100,9 @@ def test_the_seed_decides_and_the_company_does_not(model: Model) -> None:
     with Engine(model, None, max_rows=3, prefixes=1 << 30).thread() as engine:
         filler = Filler(engine, model.seams, model.generation, 5)
         together: list[Any] = []
-        other = threading.Thread(target=lambda: together.append(infill(filler, text, holes, lambda _: prompt)))
+        other = threading.Thread(
+            target=lambda: together.append(infill(filler, text, holes, lambda _: prompt))
+        )
         other.start()
         mine = infill(filler, text, holes, lambda _: prompt)
         other.join()
@@ -126,7 +128,9 @@ def test_a_text_longer_than_a_canvas(model: Model) -> None:
     text = " ".join(map(str, range(3, 45)))
     holes = [Hole(text.index(" 12"), text.index(" 12") + 3), Hole(text.index(" 40"), text.index(" 40") + 3)]
     done = model.infill(text, holes, instruction="Count from 3 to 44.", prompt=None, seed=1)
-    assert outside(done.text, [Hole(h.start, h.start + len(h.text)) for h in done.holes]) == outside(text, holes)
+    assert outside(done.text, [Hole(h.start, h.start + len(h.text)) for h in done.holes]) == outside(
+        text, holes
+    )
     prompts: list[str] = []
 
     def prompt(rest: str) -> list[int]:

@@ -17,9 +17,22 @@ from tests.text.vocabularies import BYTES, CONTROLS, TINY
 def merging() -> Raw:
     """A tokenizer with merges and byte fallback, as Gemma's: words are made of parts, and blanks join them."""
     letters = [*"abcdehlnortuw ▁\n(){}[]\"':,.;<>|"]
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("n", "d"), ("▁a", "nd"), ("\n", "\n"), ("(", ")")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("▁", "the"),
+        ("▁", "a"),
+        ("n", "d"),
+        ("▁a", "nd"),
+        ("\n", "\n"),
+        ("(", ")"),
+    ]
     tokens = list(dict.fromkeys([*CONTROLS, *BYTES, *letters, *("".join(pair) for pair in merges)]))
-    raw = Raw(models.BPE({token: id for id, token in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True))
+    raw = Raw(
+        models.BPE(
+            {token: id for id, token in enumerate(tokens)}, merges, unk_token="<unk>", byte_fallback=True
+        )
+    )
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     raw.add_special_tokens(CONTROLS)
@@ -85,7 +98,10 @@ def test_emptied() -> None:
 
 # ---- tokens -------------------------------------------------------------------------------------
 
-TEXTS = st.text(st.sampled_from("the a and\n\r\t(){}é漢🙂▁\ufeff\u2028�<|turn>x1") | st.characters(codec="utf-8"), max_size=30)
+TEXTS = st.text(
+    st.sampled_from("the a and\n\r\t(){}é漢🙂▁\ufeff\u2028�<|turn>x1") | st.characters(codec="utf-8"),
+    max_size=30,
+)
 
 
 @given(TEXTS, st.data())
@@ -129,4 +145,3 @@ def test_no_control_token_is_written_and_none_is_made_of_text() -> None:
         assert not own.written[control].any()
         (before, after), _ = own.cut("<|turn>a<turn|>", [Hole(7, 8)])
         assert not set(control) & {*before, *after}
-

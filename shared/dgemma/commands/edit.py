@@ -93,7 +93,8 @@ def difference(old: str, new: str, name: str) -> str:
     lines = [f"{text}\n".split("\n")[:-1] if text else [] for text in (old, new)]
     # Only \\n ends a line, and a text that does not end with one says so.
     ended = [
-        [line + "\n" for line in some[:-1]] + ([f"{some[-1]}\n\\ No newline at end of file\n"] if some[-1] else [])
+        [line + "\n" for line in some[:-1]]
+        + ([f"{some[-1]}\n\\ No newline at end of file\n"] if some[-1] else [])
         for some in lines
     ]
     return "".join(unified_diff(*ended, name, name))

@@ -68,7 +68,9 @@ def infill(
     check_stdout()
     check_temperatures(settings)
     if mark is not None and (places or ranges):
-        raise click.UsageError("--hole marks holes in the text, and --at and --lines say where else they are.")
+        raise click.UsageError(
+            "--hole marks holes in the text, and --at and --lines say where else they are."
+        )
     if mark == "":
         raise click.BadParameter("an empty text marks nothing.", param_hint="--hole")
     text = read_document(file)

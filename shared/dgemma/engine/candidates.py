@@ -21,9 +21,7 @@ def ladder(most: int, around: int = 0) -> list[int]:
     return sorted({n for step in steps for n in (around - step, around + step) if 0 <= n <= most} | {most})
 
 
-def search(
-    known: Sequence[int | None], most: Sequence[int], around: Sequence[int], score: Score
-) -> Lengths:
+def search(known: Sequence[int | None], most: Sequence[int], around: Sequence[int], score: Score) -> Lengths:
     """The best lengths that were found, one a hole: `known` ones stay, others are sought up to `most`.
 
     A hole's search begins on a ladder around its `around` and goes on between the best rung and its neighbours;

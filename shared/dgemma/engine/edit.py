@@ -1,9 +1,9 @@
 """A text is changed as an instruction asks: what the model is least sure of settles anew, the rest is pinned.
 
-The text stands on the canvas as if it were the reply to the instruction. A survey asks how likely each of its tokens
-is while it is hidden. Unlikely ones become holes, which begin with what the survey found likely, and are filled as in
-`infill`. That is done again, with other noise and wider holes, while something is unlikely. The text changes only if
-that makes it likelier.
+The text stands on the canvas as if it were the reply to the instruction, and a survey asks how likely each of its
+tokens is there. Unlikely ones become holes, which begin with what the survey found likelier, and are filled as in
+`infill`. A token that is seen vouches for itself: so the survey asks again while tokens are hidden, and what is
+unlikely then is tried, too, with other noise and wider holes. A try is kept only if it makes the text likelier.
 
 L canvas positions
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from dgemma.text.holes import MARK_OF_ORDER, Hole, in_order
 SURE = 0.5
 # Tokens on either side of those that are not sure which may change, too, try by try.
 WIDTHS = (0, 1, 3)
-# A survey has so many canvases; each hides another share of the tokens behind noise.
+# A survey hides the tokens behind noise in so many shares, one a row.
 HIDDEN = 4
 
 
@@ -35,9 +35,9 @@ HIDDEN = 4
 class Edited:
     """A text after an edit, and what it took.
 
-    `before` and `after` are the texts' scores: the mean log-probability of their tokens in nats, each while it is
-    hidden. `surveys` are passes that found them, `steps` denoising steps of the canvases that were filled, and
-    `row_steps` those of all `candidates`.
+    `before` and `after` are the texts' scores: the mean log-probability of their tokens in nats. `surveys` are the
+    passes that found them, `steps` the denoising steps of the canvases that were kept, and `row_steps` those of all
+    `candidates`.
     """
 
     text: str
@@ -59,10 +59,11 @@ class Edited:
 
 @dataclass(frozen=True)
 class Survey:
-    """How likely a text's tokens are, in nats, which would be the likeliest, and each one's characters from and to.
-    The stop token is the last."""
+    """How likely a text's tokens are, in nats, as they stand and while they are `hidden`; what would be likeliest, and
+    each one's characters, from and to. The stop token is the last."""
 
     logs: np.ndarray
+    hidden: np.ndarray
     best: list[int]
     places: list[tuple[int, int]]
     canvases: int
@@ -79,7 +80,10 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
     body = text[start:].rstrip("\r\n")
     ids, places = filler.seams.tokenizer.encode_text(body)
     places = [(a + start, b + start) for a, b in places] + [(start + len(body),) * 2] * len(filler.stop)
-    tokens, logs, best, canvases = [*ids, *filler.stop], [], [], 0
+    tokens, canvases = [*ids, *filler.stop], 0
+    logs: list[float] = []
+    hidden: list[float] = []
+    best: list[int] = []
     while len(logs) < len(tokens):
         begin = len(logs)
         part = tokens[begin : begin + L]
@@ -90,19 +94,22 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
         noise = Noise(filler.seed, row_id(window.context), 0, filler.config.vocab_size).start(1, L)
         share = np.arange(L) % HIDDEN
         rows = [np.where(share == row, noise, canvas) for row in range(HIDDEN)]
-        found = filler.judge(window, rows, [canvas] * HIDDEN)
-        own, likeliest = (x[share[:count], np.arange(count)].tolist() for x in found)
-        logs, best, canvases = logs + own, best + likeliest, canvases + 1
-    return Survey(np.array(logs), best, places, canvases)
+        own, likeliest = filler.judge(window, [canvas, *rows], [canvas] * (1 + HIDDEN))
+        logs += own[0, :count].tolist()
+        hidden += own[1 + share[:count], np.arange(count)].tolist()
+        best += likeliest[0, :count].tolist()
+        canvases += 1
+    return Survey(np.array(logs), np.array(hidden), best, places, canvases)
 
 
-def doubted(filler: Filler, seen: Survey, width: int = 0, regions: Sequence[Hole] = ()) -> list[Hole]:
-    """Holes in the place of the tokens that are not sure and of `width` more on either side.
+def doubted(filler: Filler, seen: Survey, attempt: int = 0, regions: Sequence[Hole] = ()) -> list[Hole]:
+    """Holes in the place of the tokens that are not sure; later attempts take more of them, and wider.
 
     If there are `regions`, no token outside of them is in a hole. A hole has at most half of a canvas's tokens.
     """
-    unsure = np.zeros(len(seen.logs), bool)
-    for at in np.flatnonzero(seen.logs < np.log(SURE)):
+    unsure, width = np.zeros(len(seen.logs), bool), WIDTHS[attempt]
+    logs = np.minimum(seen.logs, seen.hidden) if attempt else seen.logs
+    for at in np.flatnonzero(logs < np.log(SURE)):
         unsure[max(0, at - width) : at + width + 1] = True
     for at, (start, stop) in enumerate(seen.places):
         if regions and not any(one.start <= start and stop <= one.stop for one in regions):
@@ -115,7 +122,8 @@ def doubted(filler: Filler, seen: Survey, width: int = 0, regions: Sequence[Hole
         else:
             found.append((at, at + 1))
     longest = filler.config.canvas_length // 2
-    return [_hole(filler, seen, start, min(stop, start + longest)) for start, stop in found]
+    holes = [_hole(filler, seen, start, min(stop, start + longest)) for start, stop in found]
+    return [replace(hole, draft=None) for hole in holes] if attempt else holes
 
 
 def _hole(filler: Filler, seen: Survey, start: int, stop: int) -> Hole:
@@ -137,16 +145,16 @@ def edit(
     began = time.perf_counter()
     regions = in_order(text, regions) if regions else []
     seen = survey(filler, text, prompt)
-    surveys, done = [seen], []
-    for filler.attempt, width in enumerate(WIDTHS):
-        holes = doubted(filler, seen, width, regions)
+    surveys, done, steps = [seen], [], 0
+    for filler.attempt in range(len(WIDTHS)):
+        holes = doubted(filler, seen, filler.attempt, regions)
         if not holes:
-            break
+            continue
         done.append(infill(filler, text, holes, lambda _: prompt, most))
         if done[-1].text != text:
             surveys.append(survey(filler, done[-1].text, prompt))
             if surveys[-1].score > seen.score:
-                text, seen = done[-1].text, surveys[-1]
+                text, seen, steps = done[-1].text, surveys[-1], steps + done[-1].steps
                 regions = _moved(regions, done[-1], holes)
     return Edited(
         text=text,
@@ -154,7 +162,7 @@ def edit(
         after=seen.score,
         surveys=sum(one.canvases for one in surveys),
         tries=len(done),
-        steps=sum(one.steps for one in done),
+        steps=steps,
         candidates=sum(one.candidates for one in done),
         row_steps=sum(one.row_steps for one in done),
         seconds=time.perf_counter() - began,
@@ -167,7 +175,11 @@ def _moved(regions: Sequence[Hole], new: Infilled, holes: Sequence[Hole]) -> lis
     """The regions of a text in which `holes` were filled, each of them inside a region."""
 
     def shift(place: int, after: bool) -> int:
-        gone = [h for h in zip(holes, new.holes, strict=True) if h[0].stop < place or (after and h[0].stop == place)]
+        gone = [
+            h
+            for h in zip(holes, new.holes, strict=True)
+            if h[0].stop < place or (after and h[0].stop == place)
+        ]
         return place + sum(len(filled.text) - (hole.stop - hole.start) for hole, filled in gone)
 
     return [Hole(shift(one.start, False), shift(one.stop, True)) for one in regions]

@@ -23,7 +23,9 @@ from dgemma.text.messages import Message
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.text.wording import ELSEWHERE
 
-Prompt = Callable[[str], list[int]]  # ids of the prompt, given the end of the text that no canvas has room for
+Prompt = Callable[
+    [str], list[int]
+]  # ids of the prompt, given the end of the text that no canvas has room for
 
 # Tokens of a hole at most, if nothing else is said: a canvas divided by it. As many must stand behind a hole
 # before another one shares its canvas.
@@ -141,10 +143,19 @@ def plan(
 ) -> Window:
     """The window of the first hole, and of those behind it that have room on its canvas, too."""
     L, stop = filler.config.canvas_length, filler.stop
-    fixed = sum(map(len, pieces)) + sum(gap.edges + (gap.hole.length or len(gap.draft)) for gap in gaps) + len(stop)
+    fixed = (
+        sum(map(len, pieces))
+        + sum(gap.edges + (gap.hole.length or len(gap.draft)) for gap in gaps)
+        + len(stop)
+    )
     if fixed + most <= L:  # all of the text; holes share what room there is
         return Window(
-            prompt(""), [*pieces[:-1], pieces[-1] + stop], gaps, _most(gaps, most), len(pieces[-1] + stop), True
+            prompt(""),
+            [*pieces[:-1], pieces[-1] + stop],
+            gaps,
+            _most(gaps, most),
+            len(pieces[-1] + stop),
+            True,
         )
     taken, used = 1, _size(gaps[0], most)
     if used >= L:

@@ -141,7 +141,9 @@ class Seams:
         control = [raw.token_to_id(token) for token in tokenizer.control]
         # [V] bool: no text is written with a control token, or with one that has no text.
         self.written = np.array([bool(text) for text in self.texts])
-        self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = False
+        self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = (
+            False
+        )
         # [V] bool: a byte by name, even that of a letter, is the letter only among bytes that make characters.
         self._whole = np.array([not decoder.is_byte(id) for id in range(vocab_size)])
         self._sets: dict[tuple[str, int], np.ndarray] = {}
@@ -199,7 +201,12 @@ class Seams:
     def _grows(self, id: int, text: str, side: str) -> bool:
         own = self.texts[id]
         stands = text.endswith(own) if side == "left" else text.startswith(own)
-        return bool(self._whole[id] and own) and _BROKEN not in own and stands and self.allowed(id, side).sum() > 1
+        return (
+            bool(self._whole[id] and own)
+            and _BROKEN not in own
+            and stands
+            and self.allowed(id, side).sum() > 1
+        )
 
     def allowed(self, id: int, side: str) -> np.ndarray:
         """Which tokens [V] bool may stand in the place of the one at an edge: on the left those that begin with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dgemma.text.holes import MARK_OF_ORDER
 from dgemma.text.messages import Message
 
 COMPLETE = "Write this text in full."
@@ -18,5 +19,5 @@ def to_infill(instruction: str | None, rest: str) -> list[Message]:
 
 def to_edit(instruction: str, text: str) -> list[Message]:
     """The turn before an edited text. An instruction that quotes the whole text says all by itself."""
-    quoted = text.strip() in instruction
+    quoted = text.strip(f"{MARK_OF_ORDER} \t\r\n") in instruction
     return [{"role": "user", "content": instruction if quoted else f"{instruction}\n\n{_TEXT}\n\n{text}"}]

@@ -160,9 +160,7 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
     return z if softcap is None else soft_cap(ops, z, softcap)
 
 
-def judged(
-    ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array
-) -> tuple[Array, Array]:
+def judged(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> tuple[Array, Array]:
     """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D], and the likeliest token [N].
 
     `table` is [V, D]. One tile of logits exists at a time, of `vocab_rows` positions.
