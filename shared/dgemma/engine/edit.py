@@ -75,7 +75,7 @@ class Survey:
 
 def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
     """A look at all of a text as the reply to a prompt, canvas by canvas."""
-    L, pad = filler.config.canvas_length, filler.config.pad_id
+    L, pad = filler.config.canvas_length, filler.padding(prompt)
     start = text.startswith(MARK_OF_ORDER)
     body = text[start:].rstrip("\r\n")
     ids, places = filler.seams.tokenizer.encode_text(body)

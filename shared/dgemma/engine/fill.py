@@ -127,6 +127,7 @@ class Filler:
         self.engine, self.seams, self.seed, self.watch = engine, seams, seed, watch
         self.config = engine.runner.config
         self.settings = settings.override(max_new_tokens=self.config.canvas_length)
+        self._padding: int | None = None
         self.attempt = 0  # another one draws other noise
         self.stop = seams.turn_end(settings.stop_ids)
 
@@ -145,23 +146,45 @@ class Filler:
     def judge(
         self, window: Window, canvases: Sequence[np.ndarray], tokens: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What `Runner.judge` says of canvases [L] in a window, each as large as `tokens`."""
-        context = self.context(window.context)
+        """What `Runner.judge` says of canvases [L] in a window, each as large as `tokens`, at a second look.
+
+        Without self-conditioning the model is unsure of much that is right, and sure of much that is wrong.
+        """
+        contexts, canvas = [self.context(window.context)] * len(canvases), np.stack(canvases)
+        middle = np.full(canvas.shape, 0.5)
+        runner = self.engine.runner
         with self.engine.alone():
-            return self.engine.runner.judge(
-                [context] * len(canvases), np.stack(canvases), None if tokens is None else np.stack(tokens)
-            )
+            soft = runner.see(contexts, canvas, None, self.settings.t_min, middle).soft
+            return runner.judge(contexts, canvas, None if tokens is None else np.stack(tokens), soft)
+
+    def padding(self, context: Sequence[int]) -> int:
+        """The token that the model itself writes behind the end of a reply."""
+        if self._padding is None:
+            pad, L = self.config.pad_id, self.config.canvas_length
+            window = Window(list(context), [], [], [], 0, True)
+            canvas = np.array([*self.stop, *[pad] * L][:L])
+            last = int(self.judge(window, [canvas])[1][0, -1])
+            self._padding = pad if self.seams.written[last] else last
+        return self._padding
+
+    def _ended(self, window: Window, scored: int, canvas: np.ndarray) -> np.ndarray:
+        """A canvas [L] as the model itself would pad it."""
+        if not window.ends:
+            return canvas
+        return np.where(np.arange(len(canvas)) < scored, canvas, self.padding(window.context))
 
     def fill(self, window: Window) -> Filled:
         """The best candidate of a window. PromptError if the model has no room for its context."""
         kinds = _Kinds(self.seams, window.gaps)
+        check_room(self.config, len(window.context) + self.config.canvas_length)
+        pad = self.config.pad_id
         done: dict[Lengths, Filled] = {}
         known = [gap.hole.length for gap in window.gaps]
         # A canvas that is the only one has all steps, and candidates half of them while none has settled.
         patience = [self.settings.steps if None not in known else -(-self.settings.steps // 2)]
 
         def score(candidates: list[Lengths]) -> list[float]:
-            L, pad = self.config.canvas_length, self.config.pad_id
+            L = self.config.canvas_length
             laid = {lengths: window.laid(lengths, L, pad) for lengths in candidates}
             fits = [lengths for lengths in candidates if laid[lengths].scored <= L]
             row = (row_id(window.context) + self.attempt) % 2**64
@@ -172,7 +195,8 @@ class Filler:
             ]  # fmt: skip
             if not fits:
                 return [-np.inf] * len(candidates)
-            self._check(window, requests)
+            for request in requests:
+                self.engine.check(request)
             self.context(window.context)
             handles = [self.engine.submit(request) for request in requests]
             drafts, patience[0] = _settled(handles, patience[0], self._tell)
@@ -181,8 +205,9 @@ class Filler:
                 steps[-1] if steps else np.array(laid[lengths].pins)
                 for lengths, steps in zip(fits, drafts, strict=True)
             ]
+            judged = [self._ended(window, laid[n].scored, c) for n, c in zip(fits, canvases, strict=True)]
             for lengths, canvas, steps, logs in zip(
-                fits, canvases, drafts, self.judge(window, canvases)[0], strict=True
+                fits, canvases, drafts, self.judge(window, judged)[0], strict=True
             ):
                 one = laid[lengths]
                 ids = [canvas[place].tolist() for place in one.places]
@@ -224,11 +249,6 @@ class Filler:
         return self.settings.override(
             confidence=self.settings.confidence * self.config.canvas_length / max(1, free)
         )
-
-    def _check(self, window: Window, requests: Sequence[Request]) -> None:
-        check_room(self.config, len(window.context) + self.config.canvas_length)
-        for request in requests:
-            self.engine.check(request)
 
     def _tell(self, step: int) -> None:
         if self.watch:

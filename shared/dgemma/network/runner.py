@@ -153,18 +153,17 @@ class Runner:
         return self.ops.to_numpy(z).astype(np.float32).reshape(*np.shape(canvas), -1)
 
     def judge(
-        self, contexts: Sequence[Context], canvas: Any, tokens: Any = None
+        self, contexts: Sequence[Context], canvas: Any, tokens: Any = None, soft: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """The log-probability [B, L] in nats of tokens [B, L] where canvas [B, L] stands, and the likeliest tokens.
 
-        `tokens` are by default the canvas's own. All is before temperature. The canvas is seen as it stands,
-        without self-conditioning; `contexts` are as in `see`.
+        `tokens` are by default the canvas's own. All is before temperature. `contexts` and `soft` are as in `see`.
         """
 
         def run(*given: Any) -> tuple[Array]:
             return (self._denoise(*given),)
 
-        ops, inputs = self.ops, self._inputs(contexts, canvas, None)
+        ops, inputs = self.ops, self._inputs(contexts, canvas, soft)
         ids = inputs[0] if tokens is None else ops.asarray(np.asarray(tokens))
         (h,) = self._variant(run, "denoise")(*inputs)
         logs, best = judged(ops, h, self.weights.embed, self.config.softcap, ids.reshape(-1))
