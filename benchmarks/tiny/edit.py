@@ -2,8 +2,9 @@
 
     python -m benchmarks.tiny.edit --count 40
 
-A draft is what the question quotes (brackets that are open, a sentence before a word is replaced, letters before they
-are sorted), or the right answer with one token replaced, gone or too many. The prompt is the task's own.
+A draft is what the question quotes (brackets that are open, a sentence before a word is replaced, letters
+before they are sorted), or the right answer with one token replaced, gone or too many. The prompt is the
+task's own.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tiny.infill --count 40
 
-Spans of tokens are cut out of the answers to held-out questions, in three ways: one span whose length is told, one
-whose length is not, and two of unknown length. The prompt is the task's own.
+Spans of tokens are cut out of the answers to held-out questions, in three ways: one span whose length is
+told, one whose length is not, and two of unknown length. The prompt is the task's own.
 """
 
 from __future__ import annotations

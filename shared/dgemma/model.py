@@ -18,9 +18,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from dgemma.engine.engine import Engine, Limits
 from dgemma.engine.edit import Edited, edit
-from dgemma.engine.engine import Engine
+from dgemma.engine.engine import Engine, Limits
 from dgemma.engine.events import Event
 from dgemma.engine.fill import ROWS, Filler, Watch
 from dgemma.engine.infill import Infilled, infill
@@ -116,7 +115,7 @@ class Model(Runner):
 
     @cached_property
     def seams(self) -> Seams:
-        """What the tokenizer's tokens may stand for at the edge of a hole; PromptError without a tokenizer."""
+        """What tokens may stand for at the edge of a hole; PromptError without a tokenizer."""
         return Seams(self.tokenizer, self.config.vocab_size, self.generation.stop_ids)
 
     def infill(
@@ -133,9 +132,10 @@ class Model(Runner):
         """A text with its holes filled; without `holes` they are where it has the mark `<<>>`, or `<<5>>`.
 
         Outside the holes the text stays as it is, character by character. A hole without a length gets up to
-        `max_new_tokens`, by default a quarter of a canvas and at most three. `instruction` is the user's turn; `prompt`, a
-        conversation or token ids, is all that stands before the text, in its place. `watch(done, total, what)`
-        is told how far it is. PromptError and ConfigError in one line for what cannot be filled.
+        `max_new_tokens`, by default a quarter of a canvas and at most three. `instruction` is the user's
+        turn; `prompt`, a conversation or token ids, is all that stands before the text, in its place.
+        `watch(done, total, what)` is told how far it is. PromptError and ConfigError in one line for what
+        cannot be filled.
         """
         if holes is None:
             text, holes = marked(text)
@@ -160,9 +160,9 @@ class Model(Runner):
     ) -> Edited:
         """A text changed as an instruction asks, where the model is not sure of it; the rest is pinned.
 
-        If there are `regions`, nothing outside of them changes. A hole may grow by `max_new_tokens`, by default a
-        quarter of a canvas. The other arguments are those of `infill`; `prompt` stands in the place of the
-        instruction. PromptError and ConfigError in one line for what cannot be edited.
+        If there are `regions`, nothing outside of them changes. A hole may grow by `max_new_tokens`, by
+        default a quarter of a canvas. The other arguments are those of `infill`; `prompt` stands in the place
+        of the instruction. PromptError and ConfigError in one line for what cannot be edited.
         """
         if (instruction is None) == (prompt is None):
             raise PromptError("an edit takes an instruction or a prompt, and not both")

@@ -93,7 +93,8 @@ def test_holes_are_filled(model: Model, text: str, expected: str) -> None:
 
 
 def test_the_seed_decides_and_the_company_does_not(model: Model) -> None:
-    """An engine with a thread of its own and another row gives the same text as one that is driven by hand."""
+    """An engine with a thread of its own and another row gives the same text as one that is driven by
+    hand."""
     prompt = model.tokenizer.encode_chat([{"role": "user", "content": ADA}])
     text, holes = marked('{"name": "<<>>", "age": 41}')
     alone = model.infill(text, holes, prompt=prompt, seed=5)
@@ -124,7 +125,8 @@ def test_the_prompt_is_encoded_once(model: Model, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_text_longer_than_a_canvas(model: Model) -> None:
-    """What precedes is context, what follows is pinned, and its rest is in the prompt; each hole has its canvas."""
+    """What precedes is context, what follows is pinned, and its rest is in the prompt; each hole has its
+    canvas."""
     text = " ".join(map(str, range(3, 45)))
     holes = [Hole(text.index(" 12"), text.index(" 12") + 3), Hole(text.index(" 40"), text.index(" 40") + 3)]
     done = model.infill(text, holes, instruction="Count from 3 to 44.", prompt=None, seed=1)
@@ -167,7 +169,8 @@ TEXTS = st.text(st.sampled_from("the cat\n\r\t é漢🙂▁<|turn>{}1") | st.cha
 @given(TEXTS, st.sets(st.integers(0, 24), min_size=1, max_size=4), st.integers(1, 4))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_stands_outside_holes_stays(random: Model, text: str, ends: set[int], length: int) -> None:
-    """A model that knows nothing writes what it likes in holes, over several canvases, and nothing beside them."""
+    """A model that knows nothing writes what it likes in holes, over several canvases, and nothing beside
+    them."""
     places = sorted({min(end, len(text)) for end in ends})
     holes = [Hole(a, b, length) for a, b in zip(places[::2], places[1::2], strict=False)]
     holes = holes or [Hole(places[0], places[0])]

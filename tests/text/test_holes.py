@@ -15,7 +15,8 @@ from tests.text.vocabularies import BYTES, CONTROLS, TINY
 
 
 def merging() -> Raw:
-    """A tokenizer with merges and byte fallback, as Gemma's: words are made of parts, and blanks join them."""
+    """A tokenizer with merges and byte fallback, as Gemma's: words are made of parts, and blanks join
+    them."""
     letters = [*"abcdehlnortuw ▁\n(){}[]\"':,.;<>|"]
     merges = [
         ("t", "h"),

@@ -47,8 +47,8 @@ def edit(
 ) -> None:
     """Change a text as an instruction asks, and print the difference.
 
-    What the model is least sure of may change, within --lines if they are given. The rest stays byte for byte.
-    The instruction may quote the text; if it does not, the text is put behind it. FILE "-" is stdin.
+    What the model is least sure of may change, within --lines if they are given. The rest stays byte for
+    byte. The instruction may quote the text; if it does not, the text is put behind it. FILE "-" is stdin.
 
     \b
     dgemma edit broken.json --instruction "Repair this JSON: $(cat broken.json)"
@@ -97,4 +97,4 @@ def difference(old: str, new: str, name: str) -> str:
         + ([f"{some[-1]}\n\\ No newline at end of file\n"] if some[-1] else [])
         for some in lines
     ]
-    return "".join(unified_diff(*ended, name, name))
+    return "".join(unified_diff(ended[0], ended[1], name, name))

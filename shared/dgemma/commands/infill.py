@@ -16,7 +16,7 @@ from dgemma.commands.streams import answer_exactly, answer_json, check_stdout
 from dgemma.engine.infill import check_holes
 from dgemma.errors import PromptError
 from dgemma.loading import Small
-from dgemma.settings import MAX_SIZE, number
+from dgemma.settings import RANGES, number
 from dgemma.text.holes import Hole, emptied, in_order, marked
 from dgemma.text.tokenizer import needed
 from dgemma.text.wording import to_infill
@@ -35,7 +35,7 @@ from dgemma.text.wording import to_infill
     help="A hole in the place of lines; repeatable. Marks are text then.",
 )  # fmt: skip
 @click.option(
-    "--length", "lengths", type=Whole(1, MAX_SIZE), multiple=True, metavar="N",
+    "--length", "lengths", type=Whole(1, int(RANGES["max_new_tokens"].most)), multiple=True, metavar="N",
     help="Tokens of a hole: given once for all holes, or once for each. Without it lengths are found.",
 )  # fmt: skip
 @model_options

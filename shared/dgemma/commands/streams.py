@@ -37,7 +37,8 @@ def answer(text: str) -> None:
 def answer_exactly(text: str) -> None:
     """Write a text to stdout in UTF-8 and nothing else: not an end of a line, and none of another kind.
 
-    A terminal gets it as a reader wants it, without what the terminal would obey. Errors are those of `answer`.
+    A terminal gets it as a reader wants it, without what the terminal would obey. Errors are those of
+    `answer`.
     """
     check_stdout()
     if sys.stdout.isatty():

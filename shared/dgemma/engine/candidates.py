@@ -24,9 +24,9 @@ def ladder(most: int, around: int = 0) -> list[int]:
 def search(known: Sequence[int | None], most: Sequence[int], around: Sequence[int], score: Score) -> Lengths:
     """The best lengths that were found, one a hole: `known` ones stay, others are sought up to `most`.
 
-    A hole's search begins on a ladder around its `around` and goes on between the best rung and its neighbours;
-    where even the best is to be doubted, between others. Several holes begin with their `around`, and take turns
-    while that is to be doubted, each with the best lengths of the others so far.
+    A hole's search begins on a ladder around its `around` and goes on between the best rung and its
+    neighbours; where even the best is to be doubted, between others. Several holes begin with their `around`,
+    and take turns while that is to be doubted, each with the best lengths of the others so far.
     """
     scores: dict[Lengths, float] = {}
 

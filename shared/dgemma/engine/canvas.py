@@ -22,8 +22,8 @@ class Canvas:
 
     `pins` [L] are tokens that stand, `FREE` elsewhere. They are on the canvas at every step, count neither
     for acceptance nor for the stop, and the model's own soft embedding stays in their places.
-    `begin` [L] has tokens to start with, `FREE` where noise starts; a whole draft that the first step confirms
-    is done.
+    `begin` [L] has tokens to start with, `FREE` where noise starts; a whole draft that the first step
+    confirms is done.
     """
 
     settings: GenerationConfig

@@ -1,9 +1,10 @@
 """A text is changed as an instruction asks: what the model is least sure of settles anew, the rest is pinned.
 
-The text stands on the canvas as if it were the reply to the instruction, and a survey asks how likely each of its
-tokens is there. Unlikely ones become holes, which begin with what the survey found likelier, and are filled as in
-`infill`. A token that is seen vouches for itself: so the survey asks again while tokens are hidden, and what is
-unlikely then is tried, too, with other noise and wider holes. A try is kept only if it makes the text likelier.
+The text stands on the canvas as if it were the reply to the instruction, and a survey asks how likely each of
+its tokens is there. Unlikely ones become holes, which begin with what the survey found likelier, and are
+filled as in `infill`. A token that is seen vouches for itself: so the survey asks again while tokens are
+hidden, and what is unlikely then is tried, too, with other noise and wider holes. A try is kept only if it
+makes the text likelier.
 
 L canvas positions
 """
@@ -35,9 +36,9 @@ HIDDEN = 4
 class Edited:
     """A text after an edit, and what it took.
 
-    `before` and `after` are the texts' scores: the mean log-probability of their tokens in nats. `surveys` are the
-    passes that found them, `steps` the denoising steps of the canvases that were kept, and `row_steps` those of all
-    `candidates`.
+    `before` and `after` are the texts' scores: the mean log-probability of their tokens in nats. `surveys`
+    are the passes that found them, `steps` the denoising steps of the canvases that were kept, and
+    `row_steps` those of all `candidates`.
     """
 
     text: str
@@ -59,8 +60,8 @@ class Edited:
 
 @dataclass(frozen=True)
 class Survey:
-    """How likely a text's tokens are, in nats, as they stand and while they are `hidden`; what would be likeliest, and
-    each one's characters, from and to. The stop token is the last."""
+    """How likely a text's tokens are, in nats, as they stand and while they are `hidden`; what would be
+    likeliest, and each one's characters, from and to. The stop token is the last."""
 
     logs: np.ndarray
     hidden: np.ndarray
@@ -105,17 +106,18 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
 def doubted(filler: Filler, seen: Survey, attempt: int = 0, regions: Sequence[Hole] = ()) -> list[Hole]:
     """Holes in the place of the tokens that are not sure; later attempts take more of them, and wider.
 
-    If there are `regions`, no token outside of them is in a hole. A hole has at most half of a canvas's tokens.
+    If there are `regions`, no token outside of them is in a hole. A hole has at most half of a canvas's
+    tokens.
     """
     unsure, width = np.zeros(len(seen.logs), bool), WIDTHS[attempt]
     logs = np.minimum(seen.logs, seen.hidden) if attempt else seen.logs
-    for at in np.flatnonzero(logs < np.log(SURE)):
+    for at in np.flatnonzero(logs < np.log(SURE)).tolist():
         unsure[max(0, at - width) : at + width + 1] = True
     for at, (start, stop) in enumerate(seen.places):
         if regions and not any(one.start <= start and stop <= one.stop for one in regions):
             unsure[at] = False
     found: list[tuple[int, int]] = []  # tokens, from and to
-    for at in map(int, np.flatnonzero(unsure)):
+    for at in np.flatnonzero(unsure).tolist():
         # A single token between two is as little known as they are. Bytes of a character have one place.
         if found and (at - found[-1][1] <= 1 or seen.places[at][0] <= seen.places[found[-1][1] - 1][1]):
             found[-1] = found[-1][0], at + 1
@@ -137,10 +139,10 @@ def _hole(filler: Filler, seen: Survey, start: int, stop: int) -> Hole:
 def edit(
     filler: Filler, text: str, prompt: list[int], regions: Sequence[Hole] = (), most: int | None = None
 ) -> Edited:
-    """The text as the prompt asks for it, or as it was; outside of `regions`, if there are any, nothing changes.
+    """The text as the prompt asks for it, or as it was.
 
-    A hole may get `most` tokens more than it had. PromptError for regions that are none, and for a text that is
-    too long for the model.
+    Outside of `regions`, if there are any, nothing changes. A hole may get `most` tokens more than it had. PromptError for regions that are none, and for a text that
+    is too long for the model.
     """
     began = time.perf_counter()
     regions = in_order(text, regions) if regions else []

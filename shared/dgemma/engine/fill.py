@@ -1,4 +1,4 @@
-"""One canvas with gaps: candidates of the gaps' lengths run as rows behind one context, and the best one is kept.
+"""One canvas with gaps: candidates of their lengths run as rows behind one context, and the best is kept.
 
 The best is the row whose final canvas has the highest mean log-probability: of all tokens of the text, pinned
 ones too, as it is the text behind a hole of the wrong length that protests. Padding does not count.
@@ -29,8 +29,8 @@ from dgemma.text.holes import Gap, Seams
 Watch = Callable[[int, int, str], None]  # how much is done, of how much, and of what
 
 ROWS = 16  # candidates that run together at most
-# Candidates that have not settled after so many times the steps of the first that did are taken as they stand,
-# and a few steps more are free. Most lengths that do not fit never settle.
+# Candidates that have not settled after so many times the steps of the first that did are taken as they
+# stand, and a few steps more are free. Most lengths that do not fit never settle.
 PATIENCE, GRACE = 2, 4
 # What a candidate loses in the comparison if a hole has tokens that are no text.
 _NO_TEXT = 1e6
@@ -40,9 +40,9 @@ _NO_TEXT = 1e6
 class Window:
     """A canvas of a text with gaps, and what stands before it.
 
-    `context` are the ids of the prompt and of the text before the canvas. `pieces` are ids that stand, one list
-    more than `gaps`; `reach` ids of the last one count for the score. The text `ends` with it, or goes on.
-    `most` bounds the gaps' lengths.
+    `context` are the ids of the prompt and of the text before the canvas. `pieces` are ids that stand, one
+    list more than `gaps`; `reach` ids of the last one count for the score. The text `ends` with it, or goes
+    on. `most` bounds the gaps' lengths.
     """
 
     context: list[int]
@@ -96,8 +96,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Filled:
-    """The best candidate of a window: the ids of each gap with its edges, the mean log-probability of its canvas in
-    nats, its denoising steps, and the cost of all candidates."""
+    """The best candidate of a window: the ids of each gap with its edges, the mean log-probability of its
+    canvas in nats, its denoising steps, and the cost of all candidates."""
 
     ids: list[list[int]]
     score: float
@@ -150,9 +150,9 @@ class Filler:
 
         Without self-conditioning the model is unsure of much that is right, and sure of much that is wrong.
         """
-        contexts, canvas = [self.context(window.context)] * len(canvases), np.stack(canvases)
-        middle = np.full(canvas.shape, 0.5)
-        runner = self.engine.runner
+        contexts, runner = [self.context(window.context)] * len(canvases), self.engine.runner
+        canvas = np.stack(canvases)
+        middle = np.full(canvas.shape, 0.5)  # of the samples, which nobody reads
         with self.engine.alone():
             soft = runner.see(contexts, canvas, None, self.settings.t_min, middle).soft
             return runner.judge(contexts, canvas, None if tokens is None else np.stack(tokens), soft)

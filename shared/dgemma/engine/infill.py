@@ -1,8 +1,8 @@
 """Holes in a text are filled: what stands around them is pinned on the canvas as the model's reply.
 
-A text that is longer than a canvas goes through a window: what precedes is encoded as context, what follows is
-pinned behind the hole as far as it reaches, and the rest of it stands in the prompt. Holes that are near share a
-canvas. Others get one each, from left to right, and what was filled is text for the next.
+A text that is longer than a canvas goes through a window: what precedes is encoded as context, what follows
+is pinned behind the hole as far as it reaches, and the rest of it stands in the prompt. Holes that are near
+share a canvas. Others get one each, from left to right, and what was filled is text for the next.
 
 L canvas positions
 """
@@ -30,15 +30,15 @@ Prompt = Callable[
 # Tokens of a hole at most, if nothing else is said: a canvas divided by it. As many must stand behind a hole
 # before another one shares its canvas.
 SHARE = 4
-# At which sides of holes the token beside them is spelled in letters, one after the other, while no candidate is
-# to be believed: a whole token may be one that never stands beside the right text.
+# At which sides of holes the token beside them is spelled in letters, one after the other, while no candidate
+# is to be believed: a whole token may be one that never stands beside the right text.
 _CUTS: tuple[tuple[str, ...], ...] = ((), ("left",), ("right",), ("left", "right"))
 
 
 @dataclass(frozen=True)
 class Filling:
-    """What a hole became: from `start` of the new text on stands `text`, of so many tokens. `score` is the mean
-    log-probability, in nats, of the canvas it stands on."""
+    """What a hole became: from `start` of the new text on stands `text`, of so many tokens. `score` is the
+    mean log-probability, in nats, of the canvas it stands on."""
 
     start: int
     text: str
@@ -90,8 +90,8 @@ def infill(
 ) -> Infilled:
     """The text with its holes filled, each with at most `most` tokens; outside of them nothing changes.
 
-    PromptError for holes that are none, that overlap or that are too long for a canvas, and for a text that is
-    too long for the model.
+    PromptError for holes that are none, that overlap or that are too long for a canvas, and for a text that
+    is too long for the model.
     """
     began, left, L = time.perf_counter(), in_order(text, holes), filler.config.canvas_length
     most = L // SHARE if most is None else min(most, L - L // SHARE)
@@ -160,7 +160,7 @@ def plan(
     taken, used = 1, _size(gaps[0], most)
     if used >= L:
         raise PromptError(
-            f"a hole of {used - gaps[0].edges} tokens does not fit on a canvas of {L}, between {gaps[0].edges} more"
+            f"a hole of {used - gaps[0].edges} tokens and its {gaps[0].edges} edges do not fit on a canvas of {L}"
         )
     while taken < len(gaps):
         wider = used + len(pieces[taken]) + _size(gaps[taken], most)
@@ -187,6 +187,7 @@ def plan(
 
 
 def _most(gaps: Sequence[Gap], most: int) -> list[int]:
+    """The most tokens of each gap: its length if that is known, else `most` more than it had."""
     return [len(gap.draft) + most if gap.hole.length is None else gap.hole.length for gap in gaps]
 
 

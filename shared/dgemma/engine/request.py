@@ -41,9 +41,10 @@ class Request:
 
     `prompt` has token ids. `pins` are tokens of the reply from its beginning on, `FREE` where the model
     decides. `draft` has tokens from the beginning on that the first canvases begin with instead of noise,
-    which still stands where it has `FREE`. `committed` are whole canvases of a reply that was cut off elsewhere: it goes on as it would have there,
-    with the same seed and row id. `stop` are texts before which the reply ends. `deadline` is how many
-    seconds the reply may take, waiting included. `row` is the number that its events carry.
+    which still stands where it has `FREE`. `committed` are whole canvases of a reply that was cut off
+    elsewhere: it goes on as it would have there, with the same seed and row id. `stop` are texts before which
+    the reply ends. `deadline` is how many seconds the reply may take, waiting included. `row` is the number
+    that its events carry.
     """
 
     prompt: Sequence[int]

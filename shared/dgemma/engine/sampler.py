@@ -142,7 +142,7 @@ def refined(seen: Seen, noise: np.ndarray, bound: float) -> Step:
 
 
 class Stop:
-    """The stable-and-confident rule for one canvas. `last` [L] is a draft that counts as the step before the first."""
+    """The stable-and-confident rule for one canvas; a draft `last` [L] counts as the step before the first."""
 
     def __init__(self, config: GenerationConfig, last: np.ndarray | None = None):
         self.config, self._last = config, last

@@ -155,9 +155,11 @@ class Runner:
     def judge(
         self, contexts: Sequence[Context], canvas: Any, tokens: Any = None, soft: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The log-probability [B, L] in nats of tokens [B, L] where canvas [B, L] stands, and the likeliest tokens.
+        """The log-probability [B, L] in nats of tokens [B, L] where canvas [B, L] stands, and the likeliest
+        tokens.
 
-        `tokens` are by default the canvas's own. All is before temperature. `contexts` and `soft` are as in `see`.
+        `tokens` are by default the canvas's own. All is before temperature. `contexts` and `soft` are as in
+        `see`.
         """
 
         def run(*given: Any) -> tuple[Array]:

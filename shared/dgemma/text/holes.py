@@ -1,7 +1,7 @@
 """Holes in a text: where they are, which tokens stand around them, and what text fills them.
 
-A hole is a span of characters. What stands outside is never decoded from tokens: the result is the source's own
-text with the holes' new text in it. So no tokenizer, whatever it normalizes, changes a character of it.
+A hole is a span of characters. What stands outside is never decoded from tokens: the result is the source's
+own text with the holes' new text in it. So no tokenizer, whatever it normalizes, changes a character of it.
 
 V vocabulary
 """
@@ -138,13 +138,12 @@ class Seams:
         self._decoder = decoder = Decoder(raw)
         self.texts = decoder.texts_inside(range(vocab_size))
         special = [id for id, token in raw.get_added_tokens_decoder().items() if token.special]
-        control = [raw.token_to_id(token) for token in tokenizer.control]
+        control = [id for token in tokenizer.control if (id := raw.token_to_id(token)) is not None]
         # [V] bool: no text is written with a control token, or with one that has no text.
         self.written = np.array([bool(text) for text in self.texts])
-        self.written[[id for id in (*special, *control, *never) if id is not None and id < vocab_size]] = (
-            False
-        )
-        # [V] bool: a byte by name, even that of a letter, is the letter only among bytes that make characters.
+        self.written[[id for id in (*special, *control, *never) if id < vocab_size]] = False
+        # [V] bool: a byte by name, even that of a letter, is the letter only among bytes that make
+        # characters.
         self._whole = np.array([not decoder.is_byte(id) for id in range(vocab_size)])
         self._sets: dict[tuple[str, int], np.ndarray] = {}
 
@@ -153,8 +152,8 @@ class Seams:
     ) -> tuple[list[list[int]], list[Gap]]:
         """The ids of the pieces that stand, one more than holes, and the gaps between them.
 
-        On the sides of holes, "left" or "right", that `letters` names, the token beside a hole is written letter
-        by letter.
+        On the sides of holes, "left" or "right", that `letters` names, the token beside a hole is written
+        letter by letter.
         """
         holes = in_order(text, holes)
         edges = [0, *(place for hole in holes for place in (hole.start, hole.stop)), len(text)]
@@ -193,7 +192,7 @@ class Seams:
     def turn_end(self, stop_ids: Sequence[int]) -> list[int]:
         """The stop token behind a whole text; none if the model has no stop tokens."""
         usual = self.tokenizer.raw.token_to_id(_TURN_END)
-        return [usual] if usual in stop_ids else list(stop_ids[:1])
+        return [usual] if usual is not None and usual in stop_ids else list(stop_ids[:1])
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode_text(text)[0])
@@ -209,8 +208,8 @@ class Seams:
         )
 
     def allowed(self, id: int, side: str) -> np.ndarray:
-        """Which tokens [V] bool may stand in the place of the one at an edge: on the left those that begin with
-        its text, on the right those that end with it."""
+        """Which tokens [V] bool may stand in the place of the one at an edge: on the left those that begin
+        with its text, on the right those that end with it."""
         key = side, id
         if key not in self._sets:
             own = self.texts[id]

@@ -12,7 +12,8 @@ ELSEWHERE = "[…]"  # a hole in what stands in the prompt
 
 
 def to_infill(instruction: str | None, rest: str) -> list[Message]:
-    """The turn before a text with holes. `rest` is the end of the text, as far as the canvas has no room for it."""
+    """The turn before a text with holes. `rest` is the end of the text, as far as the canvas has no room for
+    it."""
     asked = instruction if instruction is not None else COMPLETE
     return [{"role": "user", "content": f"{asked}\n\n{_REST}\n\n{rest}" if rest else asked}]
 

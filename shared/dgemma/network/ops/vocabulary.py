@@ -161,7 +161,7 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
 
 
 def judged(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> tuple[Array, Array]:
-    """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D], and the likeliest token [N].
+    """Log-probabilities [N] wide, in nats, of tokens ids [N] at h [N, D], and the likeliest tokens [N].
 
     `table` is [V, D]. One tile of logits exists at a time, of `vocab_rows` positions.
     """
