@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -149,6 +151,21 @@ def test_a_gpu_runs_what_its_verdict_allows() -> None:
     assert on == ALL - {"gather", "attend"} and "attend" in sentence and "gather" not in sentence
     verdict.write(dict.fromkeys(verdict.KERNELS))
     assert made() == (ALL, [])
+
+
+def test_a_pass_of_several_rows_is_not_traced() -> None:
+    """MLX keeps every trace, and rows at different canvases have new shapes every few steps."""
+    ops, ran = MlxOps(kernels=frozenset(), on_gpu=True), Counter[int]()
+
+    def run(rows: mx.array, past: Any) -> mx.array:
+        ran[len(rows)] += 1
+        return rows + len(past)
+
+    compiled = ops.compile(run)
+    for past in ([], [], [[mx.ones(1)]], [[mx.ones(1)]]):
+        for rows in (1, 2):
+            compiled(mx.ones((rows, 3)), past)
+    assert ran == {1: 2, 2: 4}
 
 
 @pytest.mark.parametrize("change", ["chip", "mlx", "kernels", "system"])
