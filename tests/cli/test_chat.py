@@ -73,7 +73,7 @@ def test_each_line_of_stdin_is_a_turn(tmp_path: Path) -> None:
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [record["cached_tokens"] > 0 for record in records] == [False, True]
     assert records[0]["text"] == ANSWER
-    assert f"2 messages are in {kept}" in result.stderr and "for the next turn" in result.stderr
+    assert f"messages in {kept}: 2" in result.stderr and "for the next turn" in result.stderr
     messages = [
         *json.loads(kept.read_text("utf-8"))["messages"],
         {"role": "user", "content": "Add 3 \nand 4."},
@@ -92,6 +92,7 @@ def test_each_line_of_stdin_is_a_turn(tmp_path: Path) -> None:
         ("Add 3 and 4.\\", 0, None),  # ends where a line goes on
         (b"\xff\n", 1, "stdin is not text"),
         ("/nope\n", 1, "unknown command /nope"),
+        ("a " * 5_000, 1, "or lower --max-tokens"),
         ("Hi \ud800!\n".encode("utf-8", "surrogatepass"), 1, "stdin is not text"),
     ],
 )  # fmt: skip
@@ -249,7 +250,7 @@ def test_a_file_of_a_whole_request(
     session.take(f"/load {path}")
     assert capsys.readouterr().err.splitlines() == [
         "dgemma: not used of the file: user",
-        "dgemma: 1 messages are loaded; /retry asks for a reply to the last",
+        "dgemma: messages loaded: 1; /retry asks for a reply to the last",
     ]
     session.take("/retry")
     assert roles(session) == ["user", "assistant"]
@@ -407,8 +408,8 @@ def test_a_talk_on_a_terminal(terminal: Any, tmp_path: Path) -> None:
     shown.wait_for(b"the nearest is /save", place)
     place = prompted(shown, shown.output.rindex(b"/save"))
     shown.type(f"/save {tmp_path / 'talk.json'}\r")
-    shown.wait_for(b"4 messages are in", place)
-    prompted(shown, shown.output.rindex(b"messages are in"))
+    shown.wait_for(b"messages in", place)
+    prompted(shown, shown.output.rindex(b"messages in"))
     shown.type("\x04")  # Ctrl-D
     assert shown.code() == 0 and shown.cursor and b"Traceback" not in shown.output
     assert shown.modes() == modes

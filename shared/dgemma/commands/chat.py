@@ -10,9 +10,8 @@ import click
 from rich.console import Console
 
 from dgemma.commands.errors import HELP, OUT_OF_MEMORY, OneLine, is_out_of_memory, out_of_memory
-from dgemma.commands.opened import check_stops, check_temperatures, open_model
+from dgemma.commands.opened import check_stops, check_temperatures, named_as_typed, open_model
 from dgemma.commands.options import (
-    as_typed,
     conversation_options,
     ending_options,
     model_options,
@@ -94,7 +93,8 @@ def chat(
             _talk(session, _terminal(console))
         else:
             while session.open and (line := read_line()) is not None:
-                session.take(line)
+                with named_as_typed():
+                    session.take(line)
 
 
 def _talk(session: Session, read: Callable[[], str]) -> None:
@@ -103,12 +103,12 @@ def _talk(session: Session, read: Callable[[], str]) -> None:
     while session.open:
         try:
             line = read()
-            with interrupts(session.cancel):
+            with interrupts(session.cancel), named_as_typed():
                 session.take(line)
         except EOFError:
             return
         except DgemmaError as error:
-            note(f"dgemma: error: {visible(as_typed(str(error)))}")
+            note(f"dgemma: error: {visible(str(error))}")
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
