@@ -34,7 +34,7 @@ from dgemma.errors import DgemmaError
 from dgemma.loading import load
 from dgemma.model import Model
 
-WARM_UP = 200  # requests after which memory must be flat
+WARM_UP = 500  # requests after which memory must be flat: the cache of prefixes is full by then
 ROWS = 4
 
 
