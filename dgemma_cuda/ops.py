@@ -78,6 +78,9 @@ class CudaOps(Ops):
     def staging(self) -> Staging:
         return Staging(self.device)
 
+    def asclasses(self, x: np.ndarray) -> Array:
+        return torch.as_tensor(x.astype(np.int16)).to(self.device)
+
     def integer(self, x: Array) -> Array:
         return x.int()
 
@@ -143,7 +146,7 @@ class CudaOps(Ops):
         return torch.argsort(x, dim=axis, stable=True)
 
     def take_along(self, x: Array, ids: Array, axis: int) -> Array:
-        return torch.take_along_dim(x, ids, axis)
+        return torch.take_along_dim(x, ids.long(), axis)
 
     def cumsum(self, x: Array, axis: int) -> Array:
         return torch.cumsum(x, axis)

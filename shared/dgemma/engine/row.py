@@ -15,8 +15,9 @@ from dgemma.engine.canvas import Canvas, is_degenerate
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.request import FREE, Request
 from dgemma.engine.stops import StopTexts
+from dgemma.network.bias import RowBias
 from dgemma.network.context import Context
-from dgemma.network.runner import RowBias, Runner, Seen
+from dgemma.network.runner import Runner, Seen
 from dgemma.text.reply import Reply, ReplyParser, joined
 
 
