@@ -10,7 +10,6 @@ import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from dgemma.errors import BackendError
 from dgemma.formats.quantized import NVFP4, Quantized
 from dgemma.formats.stored import Stored
-from dgemma.network.ops import KV, Array, Bias, Mask, Notices, Ops, Prediction
+from dgemma.network.ops import Array, Bias, Mask, Notices, Ops, Prediction
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.layers import visible
 
@@ -295,13 +294,12 @@ class CudaOps(Ops):
         soft_bound: float = 0.0,
         bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or bias is not None or not self._has_kernel(table):
+        if softcap is None or not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         if not soft_bound:
-            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
+            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms, bias)
         sparse = vocabulary.Sparse(missing=soft_bound)
-        guess, missing = vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse)
-        return replace(guess, missing=missing)
+        return vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse, bias)
 
     def peak_memory(self) -> int:
         return (

@@ -49,12 +49,16 @@ class Biases:
     def _classes(self, tables: Sequence[np.ndarray]) -> Array:
         """The tables [V] as one array [K, V] on the device."""
         for table in tables:
-            kept = self._tables.pop(id(table), None) or (table, self._ops.asclasses(table[None]))
+            kept = self._tables.pop(id(table), None) or self._uploaded(table)
             self._tables[id(table)] = kept  # the latest stand last
         for old in list(self._tables)[: -KEPT - len(tables)]:
             del self._tables[old]
         parts = [self._tables[id(table)][1] for table in tables]
         return parts[0] if len(parts) == 1 else self._ops.concat(parts, 0)
+
+    def _uploaded(self, table: np.ndarray) -> tuple[np.ndarray, Array]:
+        assert table.min() >= 0 and table.max() < 2**15, "kernels read classes of two bytes"
+        return table, self._ops.asclasses(table[None])
 
 
 def power_of_two(n: int) -> int:
