@@ -9,8 +9,8 @@ order in which programs run. The price: logits are rounded to bfloat16, as they 
 `sparse_vocabulary` replaces the second product for rows that a few tokens dominate, and says what is missing.
 
 Kernels compute in powers of two: z = logit / temperature · log2(e), whose exponentials are one instruction.
-With a bias, compiled in by BIASED, each adds it to z as it reads a logit: a class of two bytes and the value of
-that class, both from caches. The plane keeps the logits of the head.
+With a bias, compiled in by BIASED, each adds it to z as it reads a logit: a class of two bytes and its value,
+both from caches. The plane keeps the logits of the head.
 
     N tokens  D hidden  V vocabulary  C classes of tokens
 """
@@ -289,11 +289,10 @@ def _scaled(x, temperature, cap):
 
 
 @kernel
-def _lift(classes, which, values, row, at, V, C):
-    """What the bias of a row adds to z of tokens `at`, those below V."""
-    table = tl.load(which + row)
-    kind = tl.load(classes + table * V + at, mask=at < V, other=0).to(tl.int32)
-    return tl.load(values + row * C + kind) * 1.4426950408889634
+def _lift(classes, values, at, V):
+    """What a bias adds to z of tokens `at`, from its row's classes [V] and values [C]."""
+    kind = tl.load(classes + at, mask=at < V, other=0)
+    return tl.load(values + kind) * 1.4426950408889634
 
 
 @kernel
@@ -307,6 +306,9 @@ def _statistics(
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     place = split * WIDTH
     peak = tl.full((), float("-inf"), tl.float32)
     top = _scaled(peak, heat, cap)
@@ -319,7 +321,7 @@ def _statistics(
         at = a + tl.arange(0, TILE)
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
         if BIASED:
-            x = _scaled(x, heat, cap) + _lift(classes, which, values, row, at, V, C)
+            x = _scaled(x, heat, cap) + _lift(classes, values, at, V)
             x = tl.where(at < V, x, -3e38)
         best, where = tl.max(x, 0, return_indices=True)
         place = tl.where(best > peak, a + where, place)
@@ -354,6 +356,9 @@ def _draw(
     """
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     split = tl.arange(0, SPLITS)
     here = parts + row * splits + split
     peaks = tl.load(here, mask=split < splits, other=float("-inf"))
@@ -388,7 +393,7 @@ def _draw(
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
         z = _scaled(x, heat, cap)
         if BIASED:
-            z += _lift(classes, which, values, row, at, V, C)
+            z += _lift(classes, values, at, V)
         e = tl.where(at < V, tl.exp2(z - top), 0.0)
         sums = below + tl.cumsum(e, 0)
         sample = tl.minimum(sample, tl.min(tl.where((sums > goal) & (e > 0), at, V)))
@@ -407,6 +412,9 @@ def _probabilities(
         if tl.load(dense + row) == 0:
             return
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     whole = tl.load(total + row)
     for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
         at = a + tl.arange(0, TILE)
@@ -414,7 +422,7 @@ def _probabilities(
         x = tl.load(here, mask=at < V, other=0.0).to(tl.float32)
         z = _scaled(x, heat, cap)
         if BIASED:
-            z += _lift(classes, which, values, row, at, V, C)
+            z += _lift(classes, values, at, V)
         p = tl.exp2(z - whole)
         tl.store(here, p.to(logits.dtype.element_ty), mask=at < V)
 
@@ -427,6 +435,9 @@ def _shortlist(
     """The first `keep` tokens with z > top + limit of one split of a row, and the mass of all others."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     least = tl.load(top + row) + limit
     whole = tl.load(total + row)
     here = row * splits + split
@@ -437,7 +448,7 @@ def _shortlist(
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
         z = _scaled(x, heat, cap)
         if BIASED:
-            z += _lift(classes, which, values, row, at, V, C)
+            z += _lift(classes, values, at, V)
         p = tl.where(at < V, tl.exp2(z - whole), 0.0)
         good = (at < V) & (z > least)
         rank = count + tl.cumsum(good.to(tl.int32), 0) - 1
