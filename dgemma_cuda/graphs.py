@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: a pure function of arrays is recorded once for its shapes and then replayed.
 
 A step is some five hundred kernels; launching them one by one costs a third of its time on a fast GPU. A
-recording reads and writes memory at fixed places, so arguments are copied there first. A context is hundreds
-of megabytes and stays where it is: its addresses are copied, and the attention kernel follows them. The price
-is that a recorded function gives contexts to that kernel and to nothing else.
+recording reads and writes memory at fixed places, so arguments are copied there first. Contexts are hundreds
+of megabytes and stay where they are: the argument is the table by which attention's kernel finds them. So a
+recording serves all contexts of as many rows, whatever their lengths.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from typing import Any
 
 import torch
 
-from .kernels.attention import Remote
+# Recordings kept of a function, the least recently used dropped first. There is one a number of rows: a batch
+# of eight ends row by row.
+KEPT = 8
 
-# Recordings kept of a function, the least recently used dropped first.
-KEPT = 4
-
-Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # each layer's keys and values
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]
 
@@ -48,40 +46,8 @@ def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-class Copied:
-    """An array that a recording reads in memory of its own."""
-
-    def __init__(self, x: torch.Tensor):
-        self.seen = x.clone()
-
-    def take(self, x: torch.Tensor) -> None:
-        """Copy x, an array [...] of the recorded shape, to where the recording reads."""
-        self.seen.copy_(x)
-
-
-class Followed:
-    """A context that a recording reads where it is, by addresses in memory of its own."""
-
-    def __init__(self, context: Context):
-        self.last: list[Any] = []
-        self.addresses = torch.empty((len(context), 2, 2), dtype=torch.int64, device=context[0][0].device)
-        self.seen = [
-            (Remote(at[0], k.shape, k.stride()), Remote(at[1], v.shape, v.stride()))
-            for at, (k, v) in zip(self.addresses, context, strict=True)
-        ]
-        self.take(context)
-
-    def take(self, context: Context) -> None:
-        """Point the recording at another context of the recorded shapes and strides."""
-        # Addresses are compared, not arrays: what lies there now is what a replay has to read.
-        new = [[(x.data_ptr(), 0) for x in pair] for pair in context]
-        if new != self.last:
-            self.addresses.copy_(torch.tensor(new))
-            self.last = new
-
-
 class Graphed:
-    """`function` of arrays and contexts; returns a tuple of new arrays.
+    """`function` of arrays; returns a tuple of new arrays.
 
     The function must be pure, read nothing on the host and make the same kernels for the same shapes.
     """
@@ -90,8 +56,8 @@ class Graphed:
         self.function, self.record, self.kept = function, record, kept
         self.recordings: OrderedDict[Any, Recording] = OrderedDict()
 
-    def __call__(self, *args: Any) -> tuple[torch.Tensor, ...]:
-        key = tuple(_kind(x) for x in args)
+    def __call__(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        key = tuple((x.shape, x.dtype, x.device) for x in args)
         if key not in self.recordings:
             while len(self.recordings) >= self.kept:
                 self.recordings.popitem(last=False)
@@ -100,23 +66,16 @@ class Graphed:
         return self.recordings[key](args)
 
 
-def _kind(x: Any) -> Any:
-    """The facts that an argument shares with a recorded one; strides are among them if it is not copied."""
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.dtype, x.device
-    return tuple((k.shape, k.stride(), v.stride(), k.dtype, k.device) for k, v in x)
-
-
 class Recording:
     """`function` recorded for arguments like `args`; a call takes others and returns new arrays."""
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], record: Record):
-        self.inputs = [Copied(x) if isinstance(x, torch.Tensor) else Followed(x) for x in args]
-        self.replay, self.outputs = record(lambda: function(*(x.seen for x in self.inputs)))
+    def __init__(self, function: Callable[..., Any], args: Sequence[torch.Tensor], record: Record):
+        self.inputs = [x.clone() for x in args]
+        self.replay, self.outputs = record(lambda: function(*self.inputs))
 
-    def __call__(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    def __call__(self, args: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         for place, x in zip(self.inputs, args, strict=True):
-            place.take(x)
+            place.copy_(x)
         self.replay()
         # Copies, as a caller may hold a step's result beyond the next step.
         return tuple(x.clone() for x in self.outputs)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -208,11 +207,10 @@ CACHE = "cache" if "cache" in _FORWARD else "past_key_values"  # its name since 
 
 
 class Reference:
-    """Contexts and canvases with transformers. `pad` [B]: slots at a row's front that hold no token."""
+    """Contexts and canvases with transformers; all rows have one length."""
 
-    def __init__(self, hf: DiffusionGemmaForBlockDiffusion, pad: Sequence[int] | None = None):
+    def __init__(self, hf: DiffusionGemmaForBlockDiffusion):
         self.hf = hf
-        self.pad = None if pad is None else torch.tensor(pad)
         self.cache = DynamicCache(config=hf.config.text_config)
         self.length = 0
 
@@ -220,11 +218,10 @@ class Reference:
         """Read tokens [B, L] into the cache."""
         ids = torch.as_tensor(np.asarray(tokens))
         total = self.length + ids.shape[1]
-        mask = self._mask(len(ids), total)
         positions = torch.arange(self.length, total)[None]
         with torch.no_grad():
             self.hf.model.encoder(
-                input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: self.cache}
+                input_ids=ids, attention_mask=None, position_ids=positions, **{CACHE: self.cache}
             )
         self.length = total
         return self
@@ -237,15 +234,10 @@ class Reference:
             return self.hf(
                 decoder_input_ids=ids,
                 self_conditioning_logits=signal,
-                decoder_attention_mask=self._mask(len(ids), self.length + ids.shape[1]),
+                decoder_attention_mask=None,
                 decoder_position_ids=torch.arange(self.length, self.length + ids.shape[1])[None],
                 **{CACHE: self.cache},
             ).logits.numpy()
-
-    def _mask(self, rows: int, slots: int) -> torch.Tensor | None:
-        if self.pad is None:
-            return None
-        return torch.arange(slots)[None] >= self.pad[:, None]
 
 
 # ---- ours ---------------------------------------------------------------------------------------

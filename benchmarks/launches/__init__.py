@@ -2,6 +2,7 @@
 
     python -m benchmarks.launches                              # ours and mlx-vlm, both formats, 1k and 128k
     python -m benchmarks.launches --format bf16 --context 1024 --kinds
+    python -m benchmarks.launches --context 1024 --rows 1 --rows 16   # rows that share a step
 
 It needs no Mac and no weights: a step is traced over arrays that are never made, `mx.export_function` tells
 its primitives in the order of evaluation, and what MLX's Metal backend launches for each is a table, `rules`.
@@ -28,12 +29,14 @@ The rules:
 - Attention of more than 8 queries with heads of 256 or 512 has no fused kernel: it is MLX's own fallback
   (product, mask, softmax, product), and its scores are arrays.
 - What is compiled is fused as `mx.compile` does it: chains of elementwise operations over one shape, at most
-  11 deep and 24 inputs wide, where all readers of a value lie within. Our step is compiled as a whole,
-  mlx-vlm's in GeGLU and the softcap only. Export always removes common subexpressions, so from both.
+  11 deep and 24 inputs wide, where all readers of a value lie within. Our step of one row is compiled as a
+  whole, that of several in GELU only, and mlx-vlm's in GeGLU and the softcap. Export always removes common
+  subexpressions, so from all.
 - The launch in which MLX 0.32.4 finds each expert's first row is not counted: its host code was not read.
 
 Bytes are those of each launch's inputs and outputs, once each. A broadcast array counts as what it was made
-from, a gather as the rows that it picks, and a stack of experts as those that can be touched. Temporaries are
+from, a gather as the rows that it picks, and a stack of experts as those that can be touched: the 2,048 picks
+of one canvas can touch all 128. Temporaries are
 the outputs, copies and partial sums of launches. FLOPs are 2·M·N·K of products. Reads of the embedding table
 are the bytes of it that products and kernels read, over its own; rows that are looked up are not counted.
 

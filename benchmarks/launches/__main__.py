@@ -21,12 +21,14 @@ ENGINE = click.Choice(list(ENGINES))
 @click.option(
     "--context", "contexts", multiple=True, type=click.IntRange(1), help="Default: 1024 and 131072."
 )
+@click.option("--rows", "sizes", multiple=True, type=click.IntRange(1), help="Rows that share a step; 1.")
 @click.option("--kinds", is_flag=True, help="Also launches by kind.")
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout instead of the table.")
 def main(
     engines: tuple[str, ...],
     forms: tuple[str, ...],
     contexts: tuple[int, ...],
+    sizes: tuple[int, ...],
     kinds: bool,
     as_json: bool,
 ) -> None:
@@ -34,16 +36,18 @@ def main(
     names = [name for name in there if name in engines or not engines]
     rows = judged(
         [
-            counted(name, context, form)
+            counted(name, context, form, size)
             for form in forms or FORMATS
             for context in contexts or (1024, 131072)
+            for size in sizes or (1,)
             for name in names
+            if name != PEER or size == 1
         ]
     )
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        tell(rows, Console(width=None if sys.stdout.isatty() else 140), kinds)
+        tell(rows, Console(width=None if sys.stdout.isatty() else 150), kinds)
 
 
 if __name__ == "__main__":

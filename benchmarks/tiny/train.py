@@ -15,7 +15,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import nn
 from dgemma.network import graph
 from dgemma.network.build import build, rope_frequencies
 from dgemma.network.config import Config, read_config
-from dgemma.network.ops import Array, Mask
+from dgemma.network.ops import KV, Array, Mask
 from dgemma.network.ops.layers import geglu, visible
 from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
@@ -57,8 +57,8 @@ MIXTURE = {
     "think": 4.0,
     "tool": 0.6,
 }
-# Rows a batch by context slots: contexts are padded on the left to one of these lengths, so that
-# compilation sees four shapes.
+# Rows a batch by length of context: contexts are filled up to one of these lengths, so that compilation sees
+# four shapes.
 BUCKETS = {32: 128, 64: 96, 128: 48, 256: 24}
 FILL_ID = 1  # after the stop token a canvas is filled with <eos>
 FILL_WEIGHT = 0.3  # of a filler position's loss: most of a short answer's canvas is filler
@@ -79,24 +79,47 @@ class TrainOps(CudaOps):
         y = geglu(self, y[..., : M2 // 2], y[..., M2 // 2 :]) * share[:, :, None]
         return F.linear(y.reshape(-1, E * M2 // 2), down.transpose(0, 1).reshape(D, -1))
 
-    def attention(self, q: Array, k: Array, v: Array, mask: Mask) -> Array:
-        B, H, L, C = q.shape
-        G, S = k.shape[1], k.shape[2]
-        k, v = k.reshape(B * G, S, C), v.reshape(B * G, S, C)
-        scores = (q.reshape(B * G, H // G * L, C) @ k.transpose(1, 2)).reshape(B, H, L, S).float()
-        seen = visible(self, L, S, mask)
+    def attend(self, q: Array, own: KV, past: Past, lengths: Sequence[int], mask: Mask) -> Array:
+        """All rows of a batch at once: they have one length, of which `lengths` need not tell."""
+        (H, N, C), (G, B) = q.shape, (len(own[0]), past.rows)
+        L = N // B
+        k, v = (x.reshape(G, B, L, C) for x in own)
+        seen = visible(self, L, L, mask)
+        if past.seen is not None:
+            k, v = torch.cat([past.k, k], 2), torch.cat([past.v, v], 2)
+            seen = F.pad(past.seen, (0, L), value=True)[:, None, None]
+        S = k.shape[2]
+        k, v = k.reshape(G * B, S, C), v.reshape(G * B, S, C)
+        x = q.reshape(G, H // G, B, L, C).transpose(1, 2).reshape(G * B, H // G * L, C)
+        scores = (x @ k.transpose(1, 2)).reshape(G, B, H // G, L, S).float()
         if seen is not None:
             scores = scores.masked_fill(~seen, -1e30)
-        p = torch.softmax(scores, -1).to(q.dtype)
-        return (p.reshape(B * G, H // G * L, S) @ v).reshape(B, H, L, C)
+        y = torch.softmax(scores, -1).to(q.dtype).reshape(G * B, H // G * L, S) @ v
+        return y.reshape(G, B, H // G, L, C).transpose(1, 2).reshape(H, N, C)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a batch's rows have before them in one layer: k and v [G, rows, S, C], `seen` [rows, S] bool.
+
+    A context has nothing before it.
+    """
+
+    rows: int
+    k: Any = None
+    v: Any = None
+    seen: Any = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Contexts [B, P] padded on the left, their first position [B] (negative in padding), canvases [B, L]."""
+    """Contexts [B, P] filled up behind, their lengths [B], canvases [B, L].
+
+    What fills a context up is encoded and never seen: by its tokens, as they come before it, nor by canvases.
+    """
 
     context: torch.Tensor
-    offset: torch.Tensor
+    length: torch.Tensor
     canvas: torch.Tensor
 
 
@@ -142,11 +165,11 @@ class Sampler:
                 yield collate(waiting.pop(bucket), bucket)
 
 
-def collate(pairs: list[tuple[list[int], list[int]]], slots: int) -> Batch:
-    """A batch [B, `slots`] of pairs whose contexts have at most that many tokens."""
-    context = [[0] * (slots - len(c)) + c for c, _ in pairs]
-    offset = [len(c) - slots for c, _ in pairs]
-    return Batch(torch.tensor(context), torch.tensor(offset), torch.tensor([canvas for _, canvas in pairs]))
+def collate(pairs: list[tuple[list[int], list[int]]], size: int) -> Batch:
+    """A batch [B, `size`] of pairs whose contexts have at most that many tokens."""
+    context = [c + [0] * (size - len(c)) for c, _ in pairs]
+    lengths = [len(c) for c, _ in pairs]
+    return Batch(torch.tensor(context), torch.tensor(lengths), torch.tensor([canvas for _, canvas in pairs]))
 
 
 class Trainer:
@@ -177,28 +200,46 @@ class Trainer:
     def _loss(self, batch: Batch, noisy: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
         """Cross-entropy over a canvas [B, L], each row's mean; the first half of the rows is conditioned."""
         ops, config, w = self.ops, self.config, self.weights()
-        new = graph.encode(ops, config, w, batch.context, batch.offset, None, ragged=True)
-        past = [
-            (k[:, :, -layer.past :], v[:, :, -layer.past :]) if layer.past else (k, v)
-            for layer, (k, v) in zip(config.layers, new, strict=True)
-        ]
-        offset = batch.offset + batch.context.shape[1]
+        past = self._encode(w, batch)
         half = len(noisy) // 2
 
-        def canvas_logits(rows: slice, soft: torch.Tensor | None) -> torch.Tensor:
-            own = [(k[rows], v[rows]) for k, v in past]
-            h = graph.denoise(ops, config, w, noisy[rows], soft, offset[rows], own, ragged=True)
-            return logits(ops, h, w.embed, config.softcap)
+        def canvas_logits(B: int, soft: torch.Tensor) -> torch.Tensor:
+            """Logits [B, L, V] of the first B rows."""
+            own = [Past(B, x.k[:, :B], x.v[:, :B], x.seen[:B]) for x in past]
+            canvas = noisy[:B]
+            positions = (batch.length[:B, None] + torch.arange(canvas.shape[1])).reshape(-1)
+            h = graph.denoise(ops, config, w, canvas, soft, positions, own)
+            return logits(ops, h, w.embed, config.softcap).reshape(*canvas.shape, -1)
 
         with torch.no_grad():
-            p = torch.softmax(canvas_logits(slice(half), None) / temperature[:half, None, None], -1)
+            # A signal of zeros is no conditioning.
+            zeros = w.embed.new_zeros(half, noisy.shape[1], config.hidden_size)
+            p = torch.softmax(canvas_logits(half, zeros) / temperature[:half, None, None], -1)
             soft = ops.soft_embedding(p, w.embed)
-            soft = F.pad(soft, (0, 0, 0, 0, 0, len(noisy) - half))  # a zero signal is no conditioning
-        z = canvas_logits(slice(None), soft)
+            soft = F.pad(soft, (0, 0, 0, 0, 0, len(noisy) - half))
+        z = canvas_logits(len(noisy), soft)
         # A short answer counts as much as a long one: a mean a row.
         share = torch.where(batch.canvas == FILL_ID, FILL_WEIGHT, 1.0)
         share = share / share.sum(-1, keepdim=True) / len(noisy)
         return (F.cross_entropy(z.transpose(1, 2), batch.canvas, reduction="none") * share).sum()
+
+    def _encode(self, w: Any, batch: Batch) -> list[Past]:
+        """What canvases see of contexts, by layer: on sliding layers their last window − 1 tokens."""
+        B, P = batch.context.shape
+        positions = torch.arange(P).repeat(B)
+        empty = [Past(B)] * len(self.config.layers)
+        new = graph.encode(self.ops, self.config, w, [batch.context.reshape(-1)], positions, empty)
+        past = []
+        for layer, kv in zip(self.config.layers, new, strict=True):
+            S = P if layer.past is None else min(P, layer.past)
+            at = torch.arange(P).expand(B, P) if S == P else batch.length[:, None] - S + torch.arange(S)
+            seen = (at >= 0) & (at < batch.length[:, None])
+            k, v = (x.reshape(len(x), B, P, -1) for x in kv)
+            if S < P:
+                rows, at = torch.arange(B)[:, None], at.clamp(min=0)
+                k, v = k[:, rows, at], v[:, rows, at]
+            past.append(Past(B, k, v, seen))
+        return past
 
     def step(self, batch: Batch, rng: torch.Generator, lr: float) -> float:
         """One update; returns the loss."""

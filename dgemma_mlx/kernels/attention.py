@@ -1,4 +1,4 @@
-"""Attention of a row's canvas over its past and itself, part by part: replaces `Ops.attend_row`, copies no keys.
+"""Attention of a canvas over its past and itself, part by part: replaces `Ops.attend_row`, copies no keys.
 
 Keys and values stay where they are: each part of them has scores of its own, and the heads of a KV head are
 the rows of one matrix. Scores are of the compute type, the softmax is float32, and weights are rounded to the

@@ -14,9 +14,19 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # as type checkers know it; `typing` is not needed before a framework is
 if TYPE_CHECKING:
+    from dgemma.engine.engine import Engine
     from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
+    from dgemma.engine.handle import Handle
+    from dgemma.engine.request import Request
     from dgemma.engine.sampler import Step
-    from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError, PromptError
+    from dgemma.errors import (
+        BackendError,
+        CheckpointError,
+        ConfigError,
+        DgemmaError,
+        PromptError,
+        QueueFullError,
+    )
     from dgemma.loading import load
     from dgemma.model import Model
     from dgemma.network.context import Context
@@ -24,9 +34,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "engine.engine": ("Engine",),
+    "engine.handle": ("Handle",),
+    "engine.request": ("Request",),
     "engine.events": ("Committed", "Done", "Draft", "Event", "Prefill", "Stats"),
     "engine.sampler": ("Step",),
-    "errors": ("BackendError", "CheckpointError", "ConfigError", "DgemmaError", "PromptError"),
+    "errors": (
+        "BackendError",
+        "CheckpointError",
+        "ConfigError",
+        "DgemmaError",
+        "PromptError",
+        "QueueFullError",
+    ),
     "loading": ("load",),
     "model": ("Model",),
     "network.context": ("Context",),
@@ -50,10 +70,14 @@ __all__ = [
     "DgemmaError",
     "Done",
     "Draft",
+    "Engine",
     "Event",
+    "Handle",
     "Model",
     "Prefill",
     "PromptError",
+    "QueueFullError",
+    "Request",
     "Stats",
     "Step",
     "load",

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from dgemma.engine.engine import Engine, Limits
 from dgemma.engine.events import Event
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
@@ -74,6 +75,8 @@ class Model(Runner):
         row_ids: Sequence[int] | None = None,
         continue_final_message: bool = False,
         control_tokens: bool = False,
+        stop: Sequence[str] = (),
+        deadline: float | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Event]:
         """Replies to one prompt or a batch, as events; every row ends with a `Done`.
@@ -84,10 +87,15 @@ class Model(Runner):
         override the checkpoint's `GenerationConfig` by field name, within `dgemma.settings.RANGES`. A missing
         `seed` is drawn and reported. `row_ids` key each row's noise; they and the seed have 64 bits. The
         default id follows from the prompt itself, so that a row draws the same noise alone and in a batch.
-        Closing the iterator stops within a step. PromptError and ConfigError come before the first event.
+        A reply ends before the first of the texts in `stop`, and after `deadline` seconds. Closing the
+        iterator stops within a step. PromptError and ConfigError come before the first event.
         """
         config = self.generation.override(**settings)
         return generate(
             self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids,
-            continue_final_message, control_tokens,
+            continue_final_message, control_tokens, stop, deadline,
         )  # fmt: skip
+
+    def engine(self, **limits: Unpack[Limits]) -> Engine:
+        """An engine on this model: it takes requests at any time, from any thread. See `Engine`."""
+        return Engine(self, self._tokenizer, **limits)

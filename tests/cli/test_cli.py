@@ -27,7 +27,7 @@ from dgemma.text.reply import Unread
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-STATS = Stats(5, 4, 1.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
+STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 SHORT = ["--max-tokens", "20", "--steps", "3", "--backend", "numpy"]
 
 
@@ -196,6 +196,28 @@ def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
     options = call(*args, "--max-tokens", "4", "--seed", "6", stdin=json.dumps(data))
     reply = json.loads(options.stdout)
     assert (reply["tokens"], reply["seed"]) == (4, 6)
+
+
+def test_stop_texts(tmp_path: Path) -> None:
+    """By option and by request, before the load where they cannot be used."""
+    args = ("generate", "--backend", "numpy", "--seed", "0")
+    asked = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}]}
+    assert call(*args, 'Reverse "canvas".', "--stop", "zz", "--stop", "na").stdout == "sav\n"
+    for stop, expected in (("v", "sa"), (["na", "x"], "sav"), (["", "c"], "savna"), ([], "savnac")):
+        request = write(tmp_path, asked | {"stop": stop})
+        assert call(*args, "--messages", request).stdout == expected + "\n"
+    assert_one_line(call(*args, "x", "--stop", ""), 2, "an empty text ends nothing")
+    for stop in (5, ["a", 5], {"a": 1}):
+        result = call(*args, "--messages", write(tmp_path, asked | {"stop": stop}))
+        assert_one_line(result, 1, "'stop' must be a text or a list of texts")
+
+
+def test_a_deadline() -> None:
+    args = ("generate", "--backend", "numpy", 'Reverse "canvas".')
+    result = call(*args, "--deadline", "0.000001", "--json")
+    assert json.loads(result.stdout)["finish_reason"] == "deadline"
+    assert "as --deadline wants" in call(*args, "--deadline", "0.000001").stderr
+    assert_one_line(call(*args, "--deadline", "0"), 2, "--deadline")
 
 
 def test_an_answer_is_continued(model: Path) -> None:

@@ -80,8 +80,8 @@ def test_what_numpy_holds_is_what_is_said(tokens: int, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path))
     ops = NumpyOps()
     model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
-    cache = model.encode([np.arange(tokens) % 50]).cache
-    held = sum(k.nbytes + v.nbytes for k, v in cache._layers)
+    (context,) = model.encode([np.arange(tokens) % 50])
+    held = sum(context.arrays().values())
     assert held == memory.kv_bytes(checkpoint.config, F64, tokens)
     loaded = sum(param.size for param in text_parameters(checkpoint.config)) * 8
     assert memory.weight_bytes(checkpoint.config, F64) == loaded

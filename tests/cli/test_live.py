@@ -20,7 +20,7 @@ TOKENIZER = Tokenizer(RAW, None, "tiny")
 CONFIG = read_generation_config(SMALL_GENERATION, RAW.get_vocab_size())
 SPELLING = Spelling(TOKENIZER, CONFIG.stop_ids)
 EOS, TURN_END = 1, 106
-STATS = Stats(5, 4, 1.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
+STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 
 
 def ids(text: str) -> list[int]:
@@ -114,7 +114,7 @@ def test_nothing_reaches_the_terminal_as_a_command(text: str, shown: str) -> Non
 def test_a_generation_frame_by_frame() -> None:
     view = View(TOKENIZER, CONFIG)
     assert rendered(view) == ["reading the prompt"]
-    view.update(Prefill(3, 6))
+    view.update(Prefill(0, 3, 6))
     assert rendered(view) == ["reading the prompt 3/6"]
     tokens = [*ids("the cat sat"), TURN_END, EOS, EOS]
     view.update(draft(tokens, "x....."))
@@ -198,7 +198,7 @@ def test_steps_are_timed_without_the_encoding_before_a_canvas() -> None:
 def events(steps: int) -> list[Event]:
     tokens = ids("the cat")
     drafts = [draft(tokens, "xx", step=step) for step in range(1, steps + 1)]
-    return [Prefill(2, 2), *drafts, Committed(0, 0, tokens, "the cat"), done()]
+    return [Prefill(0, 2, 2), *drafts, Committed(0, 0, tokens, "the cat"), done()]
 
 
 def test_no_terminal_gets_one_plain_line_a_step() -> None:

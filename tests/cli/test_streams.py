@@ -25,7 +25,7 @@ from dgemma.text.calls import ToolCall
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 SHORT = ["generate", "--backend", "numpy", "--max-tokens", "4", "--steps", "2", "--seed", "1"]
-STATS = Stats(5, 4, 1.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
+STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 TEXT = "naïve → 🙂"
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 UNIX = pytest.mark.skipif(sys.platform == "win32", reason="a shell's redirections")

@@ -14,7 +14,8 @@ import pytest
 import dgemma
 from dgemma import Committed, Done
 from dgemma.model import Model
-from dgemma.network.runner import Context, Seen
+from dgemma.network.context import Context
+from dgemma.network.runner import Seen
 from dgemma.text.calls import ToolCall
 from tests.text.vocabularies import TINY, ids_of, spelled
 
@@ -33,10 +34,10 @@ def run(
     """The commits and the end of each row, where row i writes `replies[i]`, then <eos>."""
     L = model.config.canvas_length
 
-    def see(context: Context, canvas: np.ndarray, *rest: Any, **more: Any) -> Seen:
+    def see(contexts: list[Context], canvas: np.ndarray, *rest: Any) -> Seen:
         said = []
-        for length in context.lengths:  # a row's prompt has one id more than the row before
-            row, at = (int(length) - 1) % L, (int(length) - 1) // L * L
+        for context in contexts:  # a row's prompt has one id more than the row before
+            row, at = (context.length - 1) % L, (context.length - 1) // L * L
             said.append([*replies[row][at : at + L], *[1] * L][:L])
         entropy = np.zeros(canvas.shape, np.float32)
         soft = model.ops.asarray(np.zeros((*canvas.shape, model.config.hidden_size)))
@@ -44,7 +45,9 @@ def run(
 
     monkeypatch.setattr(model, "see", see)
     prompts = [[2] * (row + 1) for row in range(len(replies))]
-    events = list(model.generate(prompts, seed=0, **({"max_new_tokens": 1000} | options)))
+    events = list(
+        model.generate(prompts, seed=0, **({"max_new_tokens": 1000, "allow_empty": True} | options))
+    )
     commits: list[list[Committed]] = [[] for _ in replies]
     for event in events:
         if isinstance(event, Committed):

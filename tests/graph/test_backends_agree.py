@@ -15,12 +15,14 @@ import pytest
 
 from dgemma.network import build, graph, weights
 from dgemma.network.config import FULL, SLIDING, Config, LayerConfig
-from dgemma.network.ops import KV, Array, Ops
+from dgemma.network.context import cut, last
+from dgemma.network.ops import Array, Ops, Past
 from dgemma.network.ops.vocabulary import logits
 from dgemma.network.spec import Param, text_parameters
 from tests.compare import AS_ON_GPU, REFERENCE, backends, close, make
 
-WINDOW, PROMPT, CANVAS, BATCH = 8, 30, 12, 2
+WINDOW, PROMPT, CANVAS = 8, 30, 12
+UNEQUAL = (PROMPT, 3, 23)  # one shorter than the window
 # Maximum and RMS error, of the largest logit. float32: sums of some hundred terms, four layers. bfloat16:
 # a rounding of 2⁻⁸ at each of some ten steps a layer adds up to a few percent, and one position whose
 # router was nearly undecided takes another expert, which only the maximum sees.
@@ -69,36 +71,41 @@ def place(ops: Ops, config: Config, arranged: bool = True) -> weights.Weights:
 
 @dataclass
 class Runner:
-    """Prompt, canvases and signal of one comparison, run on any backend."""
+    """Prompts of these lengths, a canvas behind each, and its signal, run on any backend."""
 
     config: Config
-    padding: tuple[int, ...] = (0,) * BATCH
+    lengths: tuple[int, ...] = (PROMPT, PROMPT)
 
     def __post_init__(self) -> None:
-        rng = np.random.default_rng(1)
-        shape = (BATCH, CANVAS, self.config.hidden_size)
-        self.prompt = rng.integers(1, self.config.vocab_size, (BATCH, PROMPT))
-        self.canvas = rng.integers(0, self.config.vocab_size, (BATCH, CANVAS))
+        rng, B = np.random.default_rng(1), len(self.lengths)
+        shape = (B, CANVAS, self.config.hidden_size)
+        self.prompts = [rng.integers(1, self.config.vocab_size, PROMPT)[:length] for length in self.lengths]
+        self.canvas = rng.integers(0, self.config.vocab_size, (B, CANVAS))
         self.soft = rng.standard_normal(shape) / self.config.hidden_size**0.5
-        for row, count in enumerate(self.padding):
-            self.prompt[row, :count] = self.config.pad_id
+        self.positions = np.concatenate([length + np.arange(CANVAS) for length in self.lengths])
 
-    def cache(self, ops: Ops, w: weights.Weights) -> list[KV]:
-        """Keys and values of the prompt, cut on sliding layers to what a canvas sees."""
-        offset = ops.asarray(-np.array(self.padding))
-        ragged = any(self.padding)
-        new = graph.encode(ops, self.config, w, ops.asarray(self.prompt), offset, None, ragged=ragged)
-        return [
-            kv if layer.window is None else (kv[0][:, :, 1 - layer.window :], kv[1][:, :, 1 - layer.window :])
+    def past(self, ops: Ops, w: weights.Weights) -> Any:
+        """The prompts encoded in one pass, as a canvas reads them."""
+        positions = ops.asarray(np.concatenate([np.arange(length) for length in self.lengths]))
+        empty = ops.pasts([[[] for _ in self.lengths]] * len(self.config.layers), self.lengths)
+        rows = [ops.asarray(prompt) for prompt in self.prompts]
+        new = graph.encode(ops, self.config, w, rows, positions, empty)
+        ends = np.cumsum(self.lengths)
+        layers: list[list[Past]] = [
+            [[last(cut(kv, int(end) - n, int(end)), n if layer.past is None else layer.past)]
+             for n, end in zip(self.lengths, ends, strict=True)]
             for layer, kv in zip(self.config.layers, new, strict=True)
-        ]
+        ]  # fmt: skip
+        return ops.pasts(layers, (CANVAS,) * len(self.lengths))
+
+    def inputs(self, ops: Ops, with_soft: bool = True) -> list[Array]:
+        """Canvas, signal and positions on the device."""
+        return [ops.asarray(x) for x in (self.canvas, self.soft * with_soft, self.positions)]
 
     def logits(self, ops: Ops, with_soft: bool, arranged: bool = True) -> np.ndarray:
+        """[B·L, V]"""
         w = place(ops, self.config, arranged)
-        offset = ops.asarray(PROMPT - np.array(self.padding))
-        inputs = ops.asarray(self.canvas), ops.asarray(self.soft) if with_soft else None, offset
-        past = self.cache(ops, w)
-        h = graph.denoise(ops, self.config, w, *inputs, past, ragged=any(self.padding))
+        h = graph.denoise(ops, self.config, w, *self.inputs(ops, with_soft), self.past(ops, w))
         return ops.to_numpy(logits(ops, h, w.embed, self.config.softcap))
 
 
@@ -110,7 +117,7 @@ def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"config": config()},
     "biases": {"config": config(bias=True)},
-    "ragged": {"config": config(), "padding": (0, 7)},
+    "unequal": {"config": config(), "lengths": UNEQUAL},
 }
 
 
@@ -123,31 +130,27 @@ def test_backends_agree(backend: tuple[str, str], variant: str, with_soft: bool)
     close(actual, expected, rtol, f"logits of {'-'.join(backend)}", rms)
 
 
-@pytest.mark.parametrize("padding", [(0, 0), (0, 7)], ids=str)
-def test_arranged_matrices_change_no_logit(backend: tuple[str, str], padding: tuple[int, int]):
-    ops, runner = make(backend), Runner(config(), padding)
+@pytest.mark.parametrize("lengths", [(PROMPT,), UNEQUAL], ids=str)
+def test_arranged_matrices_change_no_logit(backend: tuple[str, str], lengths: tuple[int, ...]):
+    ops, runner = make(backend), Runner(config(), lengths)
     arranged, plain = (runner.logits(ops, True, arranged) for arranged in (True, False))
     close(arranged, plain, max(1e-6, BOUNDS[backend[1]][0] / 10), f"logits of {'-'.join(backend)}")
 
 
-def test_a_padded_row_is_the_row_alone():
-    """Padding changes nothing for the row that has it, and nothing for the row beside it."""
-    together = Runner(config(), (0, 7))
-    alone = Runner(config(), (0, 0))
-    expected = alone.logits(REFERENCE, True)
-    close(together.logits(REFERENCE, True)[0], expected[0], 1e-12, "row beside a padded one")
-    ops, w = REFERENCE, place(REFERENCE, alone.config)
-    tokens, zero = together.prompt[1:, 7:], np.zeros(1, np.int64)
-    new = graph.encode(ops, alone.config, w, tokens, zero, None, ragged=False)
-    past = [
-        kv if layer.window is None else (kv[0][:, :, 1 - WINDOW :], kv[1][:, :, 1 - WINDOW :])
-        for layer, kv in zip(alone.config.layers, new, strict=True)
-    ]
-    h = graph.denoise(
-        ops, alone.config, w, together.canvas[1:], together.soft[1:], zero + PROMPT - 7, past, ragged=False
-    )
-    z = logits(ops, h, w.embed, alone.config.softcap)
-    close(together.logits(REFERENCE, True)[1], z[0], 1e-12, "padded row")
+def test_a_row_in_company_is_the_row_alone():
+    """Of equal or unequal lengths: no row sees another, neither encoded nor denoised in one pass."""
+    for lengths in ((PROMPT, PROMPT), UNEQUAL):
+        together = Runner(config(), lengths)
+        z = together.logits(REFERENCE, True).reshape(len(lengths), CANVAS, -1)
+        for row, length in enumerate(lengths):
+            alone = Runner(config(), (length,))
+            at = slice(row, row + 1)
+            alone.prompts, alone.canvas, alone.soft = (
+                together.prompts[at],
+                together.canvas[at],
+                together.soft[at],
+            )
+            close(z[row], alone.logits(REFERENCE, True), 1e-12, f"row {row} of {lengths}")
 
 
 @pytest.mark.parametrize("name", ["mlx", AS_ON_GPU])
@@ -158,20 +161,21 @@ def test_a_traced_step_equals_the_plain_one(tmp_path: Path, name: str):
     model it is done in tests/graph/test_compiled.py.
     """
     mx = pytest.importorskip("mlx.core")
+    from mlx.utils import tree_flatten, tree_unflatten
+
     ops = make((name, "float32"))
     ops.vocab_tile, ops.vocab_rows, ops.score_bytes = 40, 20, 1 << 12  # type: ignore[attr-defined]
-    runner = Runner(config(), (0, 7))
+    runner = Runner(config(), UNEQUAL)
     w = place(ops, runner.config)
-    past = runner.cache(ops, w)
+    names, past = zip(*tree_flatten(runner.past(ops, w)), strict=True)
 
-    def step(canvas: Array, soft: Array, offset: Array, t: Array, u: Array, *flat: Array) -> list[Array]:
-        pairs = list(zip(flat[::2], flat[1::2], strict=True))
-        said = graph.step(ops, runner.config, w, canvas, soft, offset, pairs, t, u, ragged=True)
+    def step(canvas: Array, soft: Array, positions: Array, t: Array, u: Array, *flat: Array) -> list[Array]:
+        given = tree_unflatten(list(zip(names, flat, strict=True)))
+        said = graph.step(ops, runner.config, w, canvas, soft, positions, given, t, u)
         return [said.argmax, said.sample, said.entropy, said.soft]
 
-    uniforms = np.random.default_rng(2).random((BATCH, CANVAS))
-    inputs = [ops.asarray(x) for x in (runner.canvas, runner.soft, PROMPT - np.array((0, 7)))]
-    inputs += [ops.aswide(np.array(0.7)), ops.aswide(uniforms), *(x for kv in past for x in kv)]
+    uniforms = np.random.default_rng(2).random(runner.canvas.size)
+    inputs = [*runner.inputs(ops), *(ops.aswide(x) for x in (0 * uniforms + 0.7, uniforms)), *past]
     mx.export_function(str(tmp_path / "step.mlxfn"), step, *inputs)
     traced = mx.import_function(str(tmp_path / "step.mlxfn"))(*inputs)
     for said, plain, what in zip(traced, step(*inputs), ("argmax", "sample", "entropy", "soft"), strict=True):

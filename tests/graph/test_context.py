@@ -31,11 +31,10 @@ def shared_model(request: pytest.FixtureRequest) -> Model:
     return our_model(make(request.param), oracle("window"))
 
 
-@pytest.fixture(params=[None, 7], ids=["one piece", "pieces of 7"])
-def model(shared_model: Model, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """With full layers in one piece, or in many."""
-    if request.param:
-        monkeypatch.setattr(shared_model.ops, "piece_slots", request.param)
+@pytest.fixture
+def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """With full layers in many pieces; `alike` compares with one."""
+    monkeypatch.setattr(shared_model.ops, "piece_slots", 7)
     return shared_model
 
 
@@ -93,8 +92,10 @@ def test_rows_of_any_lengths(model: Model) -> None:
         alike(model, model.encode(rows, chunk=chunk), rows, f"chunks of {chunk}")
 
 
-def test_rows_grow_by_any_lengths(model: Model) -> None:
-    """Again and again, in passes of their own and in the contexts' place, as an engine commits canvases."""
+@pytest.mark.parametrize("slots", [7, 1 << 30])
+def test_rows_grow_by_any_lengths(model: Model, slots: int) -> None:
+    """Again and again, by calls that fork and by passes in place, as an engine commits canvases."""
+    model.ops.piece_slots = slots
     rows: list[Any] = [tokens(row, n) for row, n in enumerate((7, 1, 20))]
     found = model.encode(rows)
     for step, lengths in enumerate([(1, 9, 3), (30, 2, 1), (16, 16, 16), (2, 40, 2)]):
@@ -172,14 +173,13 @@ def test_sliding_layers_hold_what_they_need(model: Model) -> None:
                 assert [k.shape[1] for k, _ in pieces] == [min(length, layer.window - 1 + SLACK)]
 
 
-def test_pieces_are_full(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_are_full(model: Model) -> None:
     """A piece that nobody shares grows to `piece_slots`, whatever a pass brings, and no further."""
-    monkeypatch.setattr(shared_model.ops, "piece_slots", 7)
-    (context,) = shared_model.encode(tokens(5, 1, 17), chunk=5)
-    assert held(shared_model, context)[0] == [7, 7, 3]
+    (context,) = model.encode(tokens(5, 1, 17), chunk=5)
+    assert held(model, context)[0] == [7, 7, 3]
     for n, pieces in ((1, [7, 7, 4]), (3, [7, 7, 7]), (1, [7, 7, 7, 1]), (20, [7] * 6)):
-        shared_model.extend([context], [np.asarray(tokens(6, n))])
-        assert held(shared_model, context)[0] == pieces
+        model.extend([context], [np.asarray(tokens(6, n))])
+        assert held(model, context)[0] == pieces
 
 
 def small() -> Model:
@@ -269,16 +269,15 @@ def test_fork_is_independent(model: Model) -> None:
     alike(model, [*again, origin], [rows[0], joined(rows[1], more[0]), rows[2], rows[1]], "grown again")
 
 
-def test_forks_share_arrays(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_share_arrays(model: Model) -> None:
     """A fork shares all; one that grew shares full pieces, and its origin keeps what it had."""
-    monkeypatch.setattr(shared_model.ops, "piece_slots", 7)
-    (origin,) = shared_model.encode(tokens(15, 1, 16))
+    (origin,) = model.encode(tokens(15, 1, 16))
     before = origin.arrays()
     fork = origin.fork()
     assert fork.arrays() == before
-    shared_model.extend([fork], [tokens(16, 9)])
-    assert held(shared_model, fork)[0] == [7, 7, 7, 4]
-    full = [layer.window is None for layer in shared_model.config.layers]
+    model.extend([fork], [tokens(16, 9)])
+    assert held(model, fork)[0] == [7, 7, 7, 4]
+    full = [layer.window is None for layer in model.config.layers]
     kept = {
         id(x)
         for pieces, is_full in zip(origin._layers, full, strict=True)

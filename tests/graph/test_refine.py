@@ -97,10 +97,10 @@ def test_steps_from_transformers_state(ops: Ops, name: str, tiled: bool) -> None
     if tiled:  # as a real vocabulary is read: in tiles, some rows at a time
         ops.vocab_tile, ops.vocab_rows = 33, 10
     model = our_model(ops, oracle(name), entropy_bound=CONFIG.entropy_bound)
-    context, partly = model.encode(PROMPT), 0
+    contexts, partly = model.encode(PROMPT), 0
     for index, moment in enumerate(trajectory(name)):
         soft = None if moment.previous is None else model.soft_embedding(softmax(moment.previous))
-        step = model.refine(context, moment.canvas, soft, moment.temperature, moment.uniforms, moment.noise)
+        step = model.refine(contexts, moment.canvas, soft, moment.temperature, moment.uniforms, moment.noise)
         np.testing.assert_array_equal(step.argmax, moment.processed.argmax(-1), f"step {index}: argmax")
         close(step.entropy, entropies(moment.processed), 1e-4, f"step {index}: entropy")
         np.testing.assert_array_equal(step.accepted, moment.accepted, f"step {index}: accepted")
@@ -134,14 +134,14 @@ def test_steps_from_float64_state(backend: tuple[str, str], name: str) -> None:
 def test_only_a_bound_takes_the_vocabulary_out_of_the_compiled_step(ops: Ops) -> None:
     """And without one, the host reads a step once and its soft embedding is whole."""
     model, uniforms, canvas = our_model(ops, oracle("window")), np.full((2, 16), 0.5), tokens(4, 2, 16)
-    context, reads, to_numpy = model.encode(PROMPT), [], ops.to_numpy
+    contexts, reads, to_numpy = model.encode(PROMPT), [], ops.to_numpy
     ops.to_numpy = lambda x: reads.append(x.shape) or to_numpy(x)  # type: ignore
     before, seen = set(model._compiled), []
     for bound in (0.0, 1e-3):
-        step = model.refine(context, canvas, None, 0.7, uniforms, canvas, soft_bound=bound)
+        step = model.refine(contexts, canvas, None, 0.7, uniforms, canvas, soft_bound=bound)
         seen.append(step)
         assert reads.pop() == (4 if bound else 3, 32) and not reads
-        assert {key[0] for key in set(model._compiled) - before} == {"denoise" if bound else "refine"}
+        assert set(model._compiled) - before == {"denoise" if bound else "refine"}
         before = set(model._compiled)
     whole, some = seen
     assert whole.missing is None and whole.dense.all()
@@ -211,20 +211,26 @@ def test_stability_of_zero_is_a_setting() -> None:
         pytest.fail(f"stability 0 is refused: {error}")
 
 
-def test_rows_have_temperatures_of_their_own(ops: Ops) -> None:
-    """A row in company is what it is alone, and a step is what is seen and what the sampler makes of it."""
+def test_rows_are_alone_in_company(ops: Ops) -> None:
+    """With contexts, temperatures and signals of their own: one row is at its first step, two are not.
+
+    And a step is what is seen and what the sampler makes of it.
+    """
     model = our_model(ops, oracle("window"))
-    noise = sampler.Noise(3, (5, 6), (0, 2), model.config.vocab_size)
-    canvas, (uniforms, fresh) = noise.start(STEPS, 16), noise.draw((9, 2), 16)
-    heat, context = np.array([0.45, 0.8]), model.encode(PROMPT)
-    seen = model.see(context, canvas, None, heat, uniforms)
-    step = model.refine(context, canvas, None, heat, uniforms, fresh, entropy_bound=0.5)
+    noise = sampler.Noise(3, (5, 6, 7), (0, 2, 1), model.config.vocab_size)
+    canvas, (uniforms, fresh) = noise.start(STEPS, 16), noise.draw((9, 2, 5), 16)
+    heat = np.array([0.45, 0.8, 0.6])
+    contexts = model.encode([PROMPT[0], PROMPT[1][:7], PROMPT[1][:21]])
+    signal = np.random.default_rng(0).normal(0, 0.3, (2, 16, model.config.hidden_size))
+    soft = [signal[0], None, ops.asarray(signal[1])]
+    seen = model.see(contexts, canvas, soft, heat, uniforms)
+    step = model.refine(contexts, canvas, soft, heat, uniforms, fresh, entropy_bound=0.5)
     made = sampler.refined(seen, fresh, 0.5)
     for name in ("canvas", "argmax", "entropy", "accepted"):
         np.testing.assert_array_equal(getattr(step, name), getattr(made, name), name)
-    for row in range(2):
+    for row, (context, own) in enumerate(zip(contexts, (signal[:1], None, signal[1:]), strict=True)):
         at = slice(row, row + 1)
-        alone = model.see(model.encode(PROMPT[at]), canvas[at], None, float(heat[row]), uniforms[at])
+        alone = model.see([context], canvas[at], own, float(heat[row]), uniforms[at])
         np.testing.assert_array_equal(seen.argmax[at], alone.argmax)
         np.testing.assert_array_equal(seen.sample[at], alone.sample)
         close(seen.entropy[at], alone.entropy, 1e-5, f"row {row}: entropy")

@@ -45,16 +45,16 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 def same(model: Model, source: Oracle, pieces: Sequence[Any], what: str) -> None:
     """Encode the pieces one after another in both, then compare a first and a self-conditioned step."""
     limit, length = TOLERANCE[model.ops.name], source.config.canvas_length
-    reference, context = Reference(source.hf), None
+    reference, contexts = Reference(source.hf), None
     for piece in pieces:
         reference.encode(piece)
-        context = model.encode(piece, context)
-    assert context is not None
+        contexts = model.encode(piece, contexts)
+    assert contexts is not None
     canvas, second = tokens(1, 2, len(pieces[0]), length)
     first = reference.logits(canvas)
-    close(model.logits(context, canvas), first, limit, f"{what}, first step")
+    close(model.logits(contexts, canvas), first, limit, f"{what}, first step")
     soft = model.soft_embedding(softmax(first / 0.7))
-    ours = model.logits(context, second, soft)
+    ours = model.logits(contexts, second, soft)
     close(ours, reference.logits(second, first / 0.7), limit, f"{what}, self-conditioned")
 
 
@@ -86,39 +86,25 @@ def test_far_past_the_window(ops: Ops) -> None:
 
 
 @pytest.mark.parametrize("name", ["window", "odd", "deep"])
-def test_ragged_batch(ops: Ops, name: str) -> None:
-    """Each row of a ragged batch is transformers' answer to that row alone, also after a commit."""
+def test_rows_of_unequal_lengths(ops: Ops, name: str) -> None:
+    """Each row of a pass is transformers' answer to that row alone, also after two commits in pieces."""
     source, lengths = oracle(name), (PROMPT, 23, 3, 1)
+    ops.piece_slots = 11
     model, limit = our_model(ops, source), TOLERANCE[ops.name]
     rows = [tokens(row, length) for row, length in enumerate(lengths)]
-    commit, canvas = tokens(6, 2, len(rows), source.config.canvas_length)
-    prompt = model.encode(rows)
-    context = model.encode(commit, prompt)
+    *commits, canvas = tokens(6, 3, len(rows), source.config.canvas_length)
+    prompts = model.encode(rows)
+    contexts = model.encode(commits[1], model.encode(commits[0], prompts))
     for row, ids in enumerate(rows):
         reference = Reference(source.hf).encode(ids[None])
         mine = slice(row, row + 1)
         first = reference.logits(canvas[mine])
-        close(model.logits(prompt, canvas)[mine], first, limit, f"{name}, {len(ids)} tokens")
-        reference.encode(commit[mine])
+        close(model.logits(prompts, canvas)[mine], first, limit, f"{name}, {len(ids)} tokens")
+        for commit in commits:
+            reference.encode(commit[mine])
         soft = model.soft_embedding(np.repeat(softmax(first), len(rows), 0))
-        ours = model.logits(context, canvas, soft)[mine]
+        ours = model.logits(contexts, canvas, soft)[mine]
         close(ours, reference.logits(canvas[mine], first), limit, f"{name}, {len(ids)} tokens, committed")
-
-
-def test_ragged_batch_against_padded_batch(ops: Ops) -> None:
-    """transformers' own left-padded batch: its positions count padding, which RoPE does not notice."""
-    source, pad = oracle("window"), (0, 7, 27)
-    model, limit = our_model(ops, source), TOLERANCE[ops.name]
-    rows = [tokens(row, PROMPT - p) for row, p in enumerate(pad)]
-    padded = np.stack([np.pad(ids, (p, 0)) for ids, p in zip(rows, pad, strict=True)])
-    commit, canvas = tokens(7, 2, 3, 16)
-    reference, context = Reference(source.hf, pad).encode(padded), model.encode(rows)
-    first = reference.logits(canvas)
-    close(model.logits(context, canvas), first, limit, "padded batch")
-    reference.encode(commit)
-    context = model.encode(commit, context)
-    soft = model.soft_embedding(softmax(first))
-    close(model.logits(context, canvas, soft), reference.logits(canvas, first), limit, "padded, committed")
 
 
 @pytest.mark.parametrize("name", ["window", "odd"])

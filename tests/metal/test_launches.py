@@ -187,14 +187,14 @@ def test_keys_and_values_alone_make_no_q(own_v: bool) -> None:
     """Where the encoder ends: of stacked matrices the rows of k and v only."""
     C, D, L, ops = 8, 64, 5, TracedOps(EVERY)
     q, k, v = (zeros(heads * C, D) for heads in (4, 2, 2))
-    norm, turn = zeros(C), zeros(1, 1, L, C // 2)
+    norm, turn = zeros(C), zeros(L, C // 2)
     w = stacked_heads(AttentionWeights(q, k, None, norm, norm, v if own_v else None))
     assert w.rows == ((32, 16, 16) if own_v else (32, 16))
 
     def keys_values(x: mx.array) -> tuple[mx.array, mx.array]:
         return ops.keys_values(x, w, BiasWeights(), 1e-6, (turn, turn))
 
-    got = count(keys_values, zeros(1, L, D))
+    got = count(keys_values, zeros(L, D))
     assert got.flops == 2 * L * D * sum(w.rows[1:]) and got.launches["product"] == len(w.rows) - 1
 
 
@@ -207,3 +207,22 @@ def test_no_array_is_large(steps: dict[bool, Count]) -> None:
 def test_the_table_is_read_twice(form: str) -> None:
     row = counted("dgemma-mlx+gather", 1024, form)
     assert row["table_reads"] == pytest.approx(2)
+
+
+# ---- rows that share a step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_row_more_launches_its_attention_only(form: str) -> None:
+    """A copy of its q, two products each over past and canvas, a softmax, and its part of what is joined."""
+    two, three = (ours(9, form, EVERY, small(), rows).count()[0] for rows in (2, 3))
+    layers = len(read_config(small()).layers)
+    assert three.launches - two.launches == {"kernel": layers, "product": 4 * layers, "copy": 2 * layers}
+    assert three.table_read == two.table_read
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_share_the_weights(form: str) -> None:
+    one, two = (counted("dgemma-mlx+gather", 1024, form, rows) for rows in (1, 2))
+    assert two["flops"] == pytest.approx(2 * one["flops"], rel=1e-3)
+    assert two["bytes_read_a_token"] < 0.65 * one["bytes_read_a_token"]

@@ -71,16 +71,16 @@ def test_no_float32_leaks_into_the_stream() -> None:
     model = dgemma.load(backend="mlx", dtype="bfloat16")
     ops, config, w = model.ops, model.config, model.weights
     L = config.canvas_length
-    canvas, offset = ops.asarray(np.full((1, L), 7)), ops.asarray(np.array([0]))
-    turned = {kind: rotary(ops, offset, L, f) for kind, f in w.frequencies.items()}
-    run = graph.Pass(ops, config, offset, turned, False, False)
-    soft = ops.asarray(np.ones((1, L, config.hidden_size)))
+    canvas, positions = ops.asarray(np.full(L, 7)), ops.arange(L)
+    turned = {kind: rotary(ops, positions, f) for kind, f in w.frequencies.items()}
+    run = graph.Pass(ops, config, (L,), turned, False)
+    soft = ops.asarray(np.ones((L, config.hidden_size)))
     h = graph.self_condition(run, w, canvas, soft)
     assert h.dtype == mx.bfloat16
     for index, layer in enumerate(config.layers):
-        h, (k, v) = graph.block(run, layer, w.layers[index], h, None)
+        h, (k, v) = graph.block(run, layer, w.layers[index], h, [[]])
         assert h.dtype == k.dtype == v.dtype == mx.bfloat16
-    said = ops.vocabulary(h[0], w.embed, config.softcap, mx.array(0.7), ops.aswide(np.full(L, 0.5)))
+    said = ops.vocabulary(h, w.embed, config.softcap, mx.array(0.7), ops.aswide(np.full(L, 0.5)))
     assert said.soft.dtype == mx.bfloat16 and said.entropy.dtype == mx.float32
 
 
@@ -100,9 +100,9 @@ def test_a_part_of_the_head_rotates_with_the_exponents_of_the_whole(offset: int)
     C, L = layer.head_dim, 9
     assert (C, layer.rope_pairs) == (512, 64)
     ops = MlxOps(mx.float32)
-    x = mx.array(np.random.default_rng(3).standard_normal((1, 2, L, C)).astype(np.float32))
+    x = mx.array(np.random.default_rng(3).standard_normal((2, L, C)).astype(np.float32))
     frequencies = ops.aswide(rope_frequencies(layer))
-    ours = rope(ops, x, rotary(ops, ops.asarray(np.array([offset])), L, frequencies))
+    ours = rope(ops, x, rotary(ops, ops.asarray(offset + np.arange(L)), frequencies))
     wavelengths = mx.where(frequencies > 0, 1 / frequencies, mx.array(float("inf")))
     theirs = mx.fast.rope(x, C, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
     close(np.array(ours), np.array(theirs), 1e-6 + 1e-7 * offset, "rotation")

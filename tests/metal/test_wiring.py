@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,9 +15,7 @@ import pytest
 import dgemma
 from benchmarks.tiny import evaluate, tasks
 from dgemma.model import Model
-from dgemma.network import graph
-from dgemma.network.cache import empty
-from dgemma.network.ops.vocabulary import logits as network_logits
+from dgemma.network.runner import Runner
 from dgemma_mlx import verdict
 from dgemma_mlx.ops import MlxOps
 from tests.compare import Heard, close
@@ -35,22 +35,14 @@ def no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 # ---- the same results -----------------------------------------------------------------------------
 
 
-def logits(
-    kernels: frozenset[str], dtype: mx.Dtype, padding: tuple[int, int] = (0, 5), bias: bool = True
-) -> np.ndarray:
-    """A canvas behind 30 slots, which is past the window; a row with padding, and self-conditioning."""
+def logits(kernels: frozenset[str], dtype: mx.Dtype, rows: int = 2, bias: bool = True) -> np.ndarray:
+    """Canvases behind 30 and 25 tokens, which is past the window, with self-conditioning."""
     geometry, ops, rng = config(bias), MlxOps(dtype, kernels), np.random.default_rng(1)
-    w = place(ops, geometry)
-    prompt, canvas = rng.integers(1, 96, (2, 30)), ops.asarray(rng.integers(0, 96, (2, 12)))
-    offset, cache = np.array([-count for count in padding]), empty(ops, geometry)
-    ragged = any(padding)
-    cache.append(
-        graph.encode(ops, geometry, w, ops.asarray(prompt), ops.asarray(offset), None, ragged=ragged)
-    )
-    soft = ops.asarray(rng.standard_normal((2, 12, 32)) / 6)
-    end = ops.asarray(offset + 30)
-    h = graph.denoise(ops, geometry, w, canvas, soft, end, cache.read(), ragged=ragged)
-    return ops.to_numpy(network_logits(ops, h, w.embed, geometry.softcap))
+    runner = Runner(ops, geometry, place(ops, geometry))
+    long, short = rng.integers(1, 96, (2, 30)).tolist()
+    contexts = runner.encode([long, short[5:]][:rows])
+    canvas, soft = rng.integers(0, 96, (2, 12)), rng.standard_normal((2, 12, 32)) / 6
+    return runner.logits(contexts, canvas[:rows], soft[:rows])
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -67,9 +59,9 @@ def test_logits_are_those_without_kernels(kernels: frozenset[str], dtype: mx.Dty
 def test_each_kernel_alone_changes_no_logit(name: str) -> None:
     """Without biases: q, k and v are one matrix."""
     kernels = frozenset({name, "experts"} if name == "gather" else {name})
-    plain = logits(frozenset(), mx.float32, (0, 0), bias=False)
+    plain = logits(frozenset(), mx.float32, 1, bias=False)
     with simulator.installed():
-        close(logits(kernels, mx.float32, (0, 0), bias=False), plain, 1e-5, name)
+        close(logits(kernels, mx.float32, 1, bias=False), plain, 1e-5, name)
 
 
 def with_all_kernels(model: Model) -> Model:
@@ -159,6 +151,21 @@ def test_a_gpu_runs_what_its_verdict_allows() -> None:
     assert on == ALL - {"gather", "attend"} and "attend" in sentence and "gather" not in sentence
     verdict.write(dict.fromkeys(verdict.KERNELS))
     assert made() == (ALL, [])
+
+
+def test_a_pass_of_several_rows_is_not_traced() -> None:
+    """MLX keeps every trace, and rows at different canvases have new shapes every few steps."""
+    ops, ran = MlxOps(kernels=frozenset(), on_gpu=True), Counter[int]()
+
+    def run(rows: mx.array, past: Any) -> mx.array:
+        ran[len(rows)] += 1
+        return rows + len(past)
+
+    compiled = ops.compile(run)
+    for past in ([], [], [[mx.ones(1)]], [[mx.ones(1)]]):
+        for rows in (1, 2):
+            compiled(mx.ones((rows, 3)), past)
+    assert ran == {1: 2, 2: 4}
 
 
 @pytest.mark.parametrize("change", ["chip", "mlx", "kernels", "system"])

@@ -47,6 +47,8 @@ def generate(
     thinking: bool,
     continue_final_message: bool,
     control_tokens: bool,
+    stop: tuple[str, ...],
+    deadline: float | None,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -73,13 +75,15 @@ def generate(
     if t_max is not None and t_min is not None and t_max < t_min:
         context = click.get_current_context()
         raise click.UsageError(f"--t-max {t_max} must not be below --t-min {t_min}", context)
+    if not all(stop):
+        raise click.BadParameter("an empty text ends nothing.", param_hint="--stop")
     prompts = (*texts, *prompts)
     request = read_request(prompts, messages, system, tools)
     if request.ignored:
         note(f"dgemma: not used of the request: {', '.join(request.ignored)}")
-    own = settings | {"seed": seed}
+    own = settings | {"seed": seed, "stop": stop or None}
     settings = own | {key: value for key, value in request.settings.items() if own[key] is None}
-    seed = settings.pop("seed")
+    seed, stop = settings.pop("seed"), settings.pop("stop") or ()
 
     def encoded(tokenizer: Tokenizer) -> list[list[int]]:
         return [
@@ -113,7 +117,7 @@ def generate(
             activations=activations, notices=TerminalNotices(console), check=check,
         )  # fmt: skip
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
-    events = loaded.generate(rows, seed=seed, **settings)
+    events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, **settings)
     replies = _watch(loaded, sampler, events, len(rows), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:
@@ -153,6 +157,14 @@ def _heading(row: int, prompt: str) -> str:
     return "\n" * (row > 0) + f"==> {row + 1}: {text if len(text) <= 60 else text[:59] + '…'} <=="
 
 
+_CUT = {
+    "length": "cut at {} tokens; --max-tokens allows more",
+    "deadline": "cut after {} tokens, as --deadline wants",
+    "cancelled": "cancelled after {} tokens",
+    "degenerate": "ended after {} tokens, as the canvas only repeated itself; --allow-empty lets it go on",
+}
+
+
 def print_reply(reply: Done) -> None:
     """Print the answer on stdout; thoughts, and why an answer is cut or empty, on stderr."""
     if reply.thinking:
@@ -163,8 +175,8 @@ def print_reply(reply: Done) -> None:
         answer_json({"name": call.name, "arguments": call.arguments})
     for unread in reply.unread:
         note(f"dgemma: a tool call stays text: {unread.reason}")
-    if reply.finish_reason == "length":
-        note(f"dgemma: cut at {len(reply.tokens)} tokens; --max-tokens allows more")
+    if reply.finish_reason in _CUT:
+        note(f"dgemma: {_CUT[reply.finish_reason].format(len(reply.tokens))}")
     elif not reply.text and not reply.tool_calls:
         note("dgemma: the model ended its turn without an answer")
 

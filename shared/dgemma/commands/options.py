@@ -108,6 +108,19 @@ prompt_options = _options(
         help="Go on with the last message of the conversation, which is the beginning of the answer.",
     ),
     click.option(
+        "--stop",
+        type=Text(),
+        multiple=True,
+        metavar="TEXT",
+        help="End the reply before this text; repeatable.",
+    ),
+    click.option(
+        "--deadline",
+        type=_setting("deadline"),
+        metavar="SECONDS",
+        help="End the reply after so many seconds.",
+    ),
+    click.option(
         "--control-tokens/--no-control-tokens",
         default=False,
         help="Let control tokens that a message spells count, such as <turn|>. They are text otherwise: "

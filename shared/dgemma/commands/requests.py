@@ -14,11 +14,15 @@ from dgemma.errors import PromptError
 from dgemma.text.messages import Message, read_messages, read_tools
 
 # What a request for OpenAI's chat API may ask for besides its conversation, and the option for it.
-_SETTINGS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "seed": "seed"}
+_SETTINGS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "seed": "seed",
+    "stop": "stop",
+}
 # What would make another answer: it is refused unless it asks for what is done anyway.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "response_format": (None, {"type": "text"}),
-    "stop": (None, "", []),
     "n": (None, 1),
     "tool_choice": (None, "auto"),
     "functions": (None, []),
@@ -110,9 +114,19 @@ def _file(file: IO[str]) -> Request:
             shown = json.dumps(data[key], ensure_ascii=False)[:60]
             raise PromptError(f"{file.name}: {key!r} {shown} is not supported; leave it out")
     settings = {option: data[key] for key, option in _SETTINGS.items() if data.get(key) is not None}
+    if "stop" in settings:
+        settings["stop"] = _stop_texts(file.name, settings["stop"])
     known = {"messages", "tools", *_REFUSED, *_SETTINGS}
     ignored = tuple(key for key in sorted(set(data) - known) if data[key] is not None)
     return Request([conversation], tools, settings, ignored)
+
+
+def _stop_texts(name: str, stop: Any) -> tuple[str, ...]:
+    """Texts before which a reply ends, from one or a list; an empty one, or none, stands for none."""
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise PromptError(f"{name}: 'stop' must be a text or a list of texts")
+    return tuple(text for text in texts if text)
 
 
 def _named(name: str, read: Any, data: Any) -> Any:

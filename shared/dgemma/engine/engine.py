@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict
 
 import numpy as np
 
@@ -28,6 +28,16 @@ from dgemma.network.memory import format_of, row_bytes
 from dgemma.network.runner import PREFILL_CHUNK, Runner, shares
 from dgemma.text.reply import ReplyParser
 from dgemma.text.tokenizer import Tokenizer
+
+
+class Limits(TypedDict, total=False):
+    """The settings of an `Engine`."""
+
+    max_rows: int
+    memory: int | None
+    queue: int
+    prefill: int
+    prefixes: int
 
 
 class Clock:

@@ -14,8 +14,8 @@ class Prefixes:
     """Contexts by their tokens, within `limit` bytes; the least recently used goes first.
 
     Contexts share the arrays of what they have in common, which are counted once. A context also serves
-    prompts that leave it earlier, as far back as its sliding layers reach. One that another serves in its
-    place is dropped. All are compared with a prompt, one after the other: a hundred of 32k tokens take less
+    prompts that leave it earlier, as far back as its sliding layers reach. One is dropped if another serves
+    whatever it does. All are compared with a prompt, one after the other: a hundred of 32k tokens take less
     time than a step.
     """
 
@@ -43,8 +43,9 @@ class Prefixes:
             return
         kept = np.asarray(tokens, np.int64)
         assert len(kept) == context.length
-        for key, (old, _) in list(self._kept.items()):
-            if len(kept) - context.spare <= len(old) <= len(kept) and _common(old, kept) == len(old):
+        for key, (old, other) in list(self._kept.items()):
+            served = len(kept) - context.spare <= len(old) - other.spare and len(old) <= len(kept)
+            if served and _common(old, kept) == len(old):
                 del self._kept[key]
         self._kept[kept.tobytes()] = kept, context.fork()
         while self.bytes > self.limit:

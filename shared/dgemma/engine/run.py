@@ -30,6 +30,8 @@ def generate(
     row_ids: Sequence[int] | None = None,
     continue_final_message: bool = False,
     control_tokens: bool = False,
+    stop: Sequence[str] = (),
+    deadline: float | None = None,
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
@@ -52,7 +54,7 @@ def generate(
         raise PromptError(f"{len(ids)} row ids for {len(prompts)} prompts")
     seed = secrets.randbits(63) if seed is None else number("seed", seed)
     requests = [
-        Request(tokens, config, seed, id, row=row)
+        Request(tokens, config, seed, id, stop=tuple(stop), deadline=deadline, row=row)
         for row, (id, tokens) in enumerate(zip(ids, prompts, strict=True))
     ]
     engine = Engine(runner, tokenizer, max_rows=len(requests), queue=len(requests))
