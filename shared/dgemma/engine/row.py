@@ -76,7 +76,9 @@ class Row:
                 request.seed, request.id, self.canvases, self.runner.config.vocab_size, self.attempt
             )
             start = self.canvases * L
-            pins, draft = (_part(tokens, start, L) for tokens in (request.pins, request.draft))
+            # Begun again, a canvas begins with noise: the draft may be what said nothing.
+            begin = () if self.attempt else request.draft
+            pins, draft = (_part(tokens, start, L) for tokens in (request.pins, begin))
             self.canvas = Canvas(request.settings, noise, pins, draft)
         return self.canvas
 
