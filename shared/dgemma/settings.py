@@ -156,8 +156,8 @@ class GenerationConfig:
 # checkpoint's own numbers.
 SPEEDS: dict[str, Settings] = {
     "quality": {},
-    "balanced": {"early_stop": True},
-    "fast": {"early_stop": True, "stability": 0, "confidence": 0.05, "entropy_bound": 0.5},
+    "balanced": {"early_stop": True, "stability": 0},
+    "fast": {"early_stop": True, "stability": 0, "confidence": 0.05, "entropy_bound": 0.2, "steps": 24},
 }
 
 
