@@ -75,18 +75,29 @@ class Moment:
 PROMPT = tokens(0, 2, 30)
 
 
+def noises(seed: int, vocab: int) -> list[sampler.Noise]:
+    """The noise of the two rows of PROMPT."""
+    return [sampler.Noise(seed, row, 0, vocab) for row in (0, 1)]
+
+
+def drawn(rows: list[sampler.Noise], steps: list[int], length: int) -> list[np.ndarray]:
+    """Uniforms and tokens [B, L] of rows, each at its step."""
+    draws = [noise.draw(step, length) for noise, step in zip(rows, steps, strict=True)]
+    return [np.stack(part) for part in zip(*draws, strict=True)]
+
+
 def trajectory(name: str) -> Iterator[Moment]:
     """transformers' canvases for PROMPT, with our noise in place of its generator."""
     source = oracle(name)
     length = source.config.canvas_length
     reference = Reference(source.hf).encode(PROMPT)
-    rows = [sampler.Noise(7, row, 0, source.vocab) for row in (0, 1)]
+    rows = noises(7, source.vocab)
     schedule = LinearTemperatureScheduleLogitsProcessor(CONFIG.t_min, CONFIG.t_max, STEPS)
     canvas, previous = np.stack([noise.start(STEPS, length) for noise in rows]), None
     for n in range(STEPS, 0, -1):
         logits = torch.as_tensor(reference.logits(canvas, previous))
         processed = schedule(None, logits, cur_step=n).numpy()
-        uniforms, fresh = (np.stack(x) for x in zip(*(noise.draw(n, length) for noise in rows), strict=True))
+        uniforms, fresh = drawn(rows, [n, n], length)
         moment = Moment(canvas, previous, sampler.temperature(CONFIG, n), uniforms, fresh, processed)
         yield moment
         canvas, previous = moment.next_canvas, processed
@@ -118,11 +129,11 @@ def test_steps_from_float64_state(backend: tuple[str, str], name: str) -> None:
     """24 steps, each from NumPy's float64 state: not one token differs in float32."""
     source = oracle(name)
     exact, model = our_model(NumpyOps(), source), our_model(make(backend), source)
-    noise = sampler.Noise(11, (0, 1), 0, source.vocab)
+    rows = noises(11, source.vocab)
     ours, theirs = model.encode(PROMPT), exact.encode(PROMPT)
-    canvas, step = noise.start(STEPS, 16), None
+    canvas, step = np.stack([noise.start(STEPS, 16) for noise in rows]), None
     for n in range(STEPS, 0, -1):
-        arguments = sampler.temperature(CONFIG, n), *noise.draw(n, 16)
+        arguments = sampler.temperature(CONFIG, n), *drawn(rows, [n, n], 16)
         before: Step | None = step
         step = exact.refine(theirs, canvas, before and before.soft, *arguments)
         other = model.refine(ours, canvas, before and before.soft, *arguments)
@@ -209,8 +220,7 @@ def test_rows_are_alone_in_company(ops: Ops) -> None:
     model = our_model(ops, oracle("window"))
     rows = [sampler.Noise(3, row, at, model.config.vocab_size) for row, at in ((5, 0), (6, 2), (7, 1))]
     canvas = np.stack([noise.start(STEPS, 16) for noise in rows])
-    draws = [noise.draw(step, 16) for noise, step in zip(rows, (9, 2, 5), strict=True)]
-    uniforms, fresh = (np.stack(x) for x in zip(*draws, strict=True))
+    uniforms, fresh = drawn(rows, [9, 2, 5], 16)
     heat = np.array([0.45, 0.8, 0.6])
     contexts = model.encode([PROMPT[0], PROMPT[1][:7], PROMPT[1][:21]])
     signal = np.random.default_rng(0).normal(0, 0.3, (2, 16, model.config.hidden_size))
