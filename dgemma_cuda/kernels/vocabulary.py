@@ -209,7 +209,8 @@ def _said(
     places = logits.new_empty((N, splits), dtype=torch.int32)
     ids = logits.new_empty((2, N), dtype=torch.int64)
     values = logits.new_empty((4, N), dtype=torch.float32)  # entropy, top, total, best
-    said = _Said(logits, softcap, temperature, *ids, *values, bias)
+    entropy, top, total, best = values
+    said = _Said(logits, softcap, temperature, ids[0], ids[1], entropy, top, total, best, bias)
     *added, biased = said.added
     _statistics[(N, splits)](
         logits, temperature, *added, parts, places, N, V, softcap,

@@ -105,8 +105,8 @@ def scale_of(
 ) -> Scale:
     """The scale of so many rows, at a temperature [N] each or all at one."""
     unit = softcap / temperature
-    unit = mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
-    return Scale(ops, softcap, unit, bias)
+    units = mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
+    return Scale(ops, softcap, units, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -392,9 +392,8 @@ def tile(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtyp
     N, W = raw.shape
     known, numbers = (running.top, running.mass, running.weighted, running.argmax), (N, 1)
     scalars = (_scalar(scale.softcap), scale.unit, mx.array(first), mx.array(runs))
-    kernel, more = TILE, ()
-    if scale.bias is not None:
-        kernel, more = TILE_BIASED, (scale.bias.classes, scale.bias.which, scale.bias.values)
+    bias = scale.bias
+    kernel, more = (TILE_BIASED, (bias.classes, bias.which, bias.values)) if bias else (TILE, ())
     *updated, fade, p, masses = kernel(
         raw,
         *known,

@@ -157,7 +157,7 @@ class GenerationConfig:
 SPEEDS: dict[str, Settings] = {
     "quality": {},
     "balanced": {"early_stop": True, "stability": 0},
-    "fast": {"early_stop": True, "stability": 0, "confidence": 0.05, "entropy_bound": 0.2, "steps": 24},
+    "fast": {"early_stop": True, "stability": 0, "confidence": 0.02, "steps": 24},
 }
 
 
