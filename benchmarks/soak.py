@@ -15,8 +15,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import click
 import numpy as np
@@ -93,15 +95,13 @@ class Soak:
             self.step()
 
     def step(self, fails: bool = False) -> None:
-        see, began, rows = self.model.see, time.perf_counter(), self.engine.running
-        if fails and rows:
-            self.model.see = broken  # type: ignore[method-assign]
+        began, rows = time.perf_counter(), self.engine.running
+        context = mock.patch.object(self.model, "see", broken) if fails and rows else nullcontext()
         try:
-            self.engine.step()
+            with context:
+                self.engine.step()
         except MemoryError:
             self.count("failed", rows)
-        finally:
-            self.model.see = see  # type: ignore[method-assign]
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - began
 
     def count(self, end: str, times: int = 1) -> None:

@@ -51,6 +51,7 @@ RANGES: dict[str, Range] = {
     "top_p": Range(0, 1, open_least=True),
     "majority": Range(1, 1000, whole=True),
     "deadline": Range(0, 1_000_000_000, open_least=True),
+    "max_rows": Range(1, 4096, whole=True),
     "seed": Range(0, 2**64 - 1, whole=True),
     "row_ids": Range(0, 2**64 - 1, whole=True),
 }

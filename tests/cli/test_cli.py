@@ -212,6 +212,25 @@ def test_stop_texts(tmp_path: Path) -> None:
         assert_one_line(result, 1, "'stop' must be a text or a list of texts")
 
 
+def test_rows_that_run_together() -> None:
+    """Fewer at a time give the same replies, in the order of the prompts."""
+    args = (
+        "generate",
+        "--backend",
+        "numpy",
+        "--seed",
+        "0",
+        "--json",
+        'Reverse "abc".',
+        "What is 1 + 2?",
+        "x",
+    )
+    replies = [call(*args, "--max-rows", str(rows)).stdout.splitlines() for rows in (8, 2, 1)]
+    found = [[json.loads(line)["token_ids"] for line in lines] for lines in replies]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
+    assert_one_line(call(*args, "--max-rows", "0"), 2, "--max-rows")
+
+
 def test_a_deadline() -> None:
     args = ("generate", "--backend", "numpy", 'Reverse "canvas".')
     result = call(*args, "--deadline", "0.000001", "--json")

@@ -49,6 +49,7 @@ def generate(
     control_tokens: bool,
     stop: tuple[str, ...],
     deadline: float | None,
+    max_rows: int,
     model: str | None,
     backend: str,
     dtype: str | None,
@@ -117,7 +118,7 @@ def generate(
             activations=activations, notices=TerminalNotices(console), check=check,
         )  # fmt: skip
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
-    events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, **settings)
+    events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, max_rows=max_rows, **settings)
     replies = _watch(loaded, sampler, events, len(rows), _is_live(live, as_json, console), console)
     for reply in replies:
         if as_json:

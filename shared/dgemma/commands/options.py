@@ -108,6 +108,14 @@ prompt_options = _options(
         help="Go on with the last message of the conversation, which is the beginning of the answer.",
     ),
     click.option(
+        "--max-rows",
+        type=_setting("max_rows"),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Prompts that run together at most; others wait.",
+    ),
+    click.option(
         "--stop",
         type=Text(),
         multiple=True,
