@@ -20,6 +20,7 @@ from dgemma.engine.engine import Engine
 from dgemma.engine.request import Request
 from dgemma.engine.sampler import FORBIDDEN
 from dgemma.model import Model
+from dgemma.network.bias import KEPT, Biases
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops.few import Few
 from dgemma.network.runner import Seen
@@ -93,6 +94,28 @@ def test_whatever_the_model_says_of_a_canvas_knows_the_mask(model: Model) -> Non
     close(seen.entropy, -(p * np.log(np.maximum(p, 1e-300))).sum(-1), off, "entropy")
     table = model.ops.to_numpy(model.weights.embed)
     close(model.ops.to_numpy(seen.soft), p @ table, off, "soft embedding")
+
+
+def test_a_bias_has_few_shapes_and_its_tables_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a recorded step is recorded for few of them; and a table is sent once."""
+    ops, sent = NumpyOps(), []
+    monkeypatch.setattr(ops, "asclasses", lambda x: sent.append(x.shape) or NumpyOps.asclasses(ops, x))
+    biases, rng, V = Biases(ops), np.random.default_rng(0), 50
+    rows = [(rng.integers(0, c, V), rng.normal(size=(4, c)).astype(np.float32)) for c in (2, 6, 3)]
+    given = [rows[0], None, rows[1], rows[2], rows[1]]
+    for _ in range(2):
+        bias = biases.of(given, 4)
+        assert bias is not None and bias.classes.dtype == np.int16
+        assert bias.classes.shape == (4, V) and bias.values.shape == (20, 8)
+        for n, row in enumerate(np.repeat(np.arange(5), 4)):
+            own = given[row]
+            wanted = 0 if own is None else own[1][n % 4][own[0]]
+            np.testing.assert_array_equal(bias.values[n, bias.classes[bias.which[n]]], wanted * np.ones(V))
+    assert sent == [(1, V)] * 3
+    for _ in range(3 * KEPT):
+        biases.of([(rng.integers(0, 2, V), rows[0][1]), rows[0]], 4)
+    assert len(sent) == 3 + 3 * KEPT and len(biases._tables) <= KEPT + 2
+    assert biases.of([None, None], 4) is None
 
 
 @pytest.mark.parametrize("wanted", [1, 60])
