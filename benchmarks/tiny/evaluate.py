@@ -118,7 +118,9 @@ def speeds_table(scores: Iterable[Score]) -> Table:
 @click.option("--task", "chosen", type=click.Choice(list(tasks.TASKS)), multiple=True, help="Default: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--soft-bound", type=float, help="Probability that a soft embedding may leave out.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=JSON", help="A sampler's setting; may repeat."
+)
 @click.option("--speeds", is_flag=True, help="Compare the sets of settings that --speed names.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a task on stdout.")
 def main(
@@ -129,19 +131,20 @@ def main(
     chosen: tuple[str, ...],
     seed: int,
     batch: int,
-    soft_bound: float | None,
+    changes: tuple[str, ...],
     speeds: bool,
     as_json: bool,
 ) -> None:
     try:
         loaded = load(model, backend, dtype)
         err = Console(file=sys.stderr)
+        settings = {field: json.loads(value) for field, _, value in (c.partition("=") for c in changes)}
         asked = list(product(SPEEDS if speeds else ["quality"], chosen or tasks.TASKS))
         scores = [
-            score(loaded, task, count, seed, batch, soft_bound=soft_bound, speed=speed)
+            score(loaded, task, count, seed, batch, speed=speed, **settings)
             for speed, task in track(asked, "evaluating", console=err, disable=not err.is_terminal)
         ]
-    except DgemmaError as error:
+    except (DgemmaError, json.JSONDecodeError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         for s in scores:
