@@ -202,6 +202,8 @@ class Engine:
             for event in row.extended(n, self.clock.now()):
                 handle.put(event)
             if row.ready and row.context is not None:
+                # A next turn may leave this reply's thoughts out: the prompt's state outlives the canvases'.
+                self.prefixes.refresh(row.request.prompt)
                 self.prefixes.keep(row.encoded, row.context)
 
     def _denoise(self) -> None:
