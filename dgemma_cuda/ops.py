@@ -10,7 +10,6 @@ import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +81,9 @@ class CudaOps(Ops):
     def staging(self) -> Staging:
         return Staging(self.device)
 
+    def asclasses(self, x: np.ndarray) -> Array:
+        return torch.as_tensor(x.astype(np.int16)).to(self.device)
+
     def integer(self, x: Array) -> Array:
         return x.int()
 
@@ -147,7 +149,7 @@ class CudaOps(Ops):
         return torch.argsort(x, dim=axis, stable=True)
 
     def take_along(self, x: Array, ids: Array, axis: int) -> Array:
-        return torch.take_along_dim(x, ids, axis)
+        return torch.take_along_dim(x, ids.long(), axis)
 
     def cumsum(self, x: Array, axis: int) -> Array:
         return torch.cumsum(x, axis)
@@ -296,13 +298,12 @@ class CudaOps(Ops):
         soft_bound: float = 0.0,
         bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or bias is not None or not self._has_kernel(table):
+        if softcap is None or not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         if not soft_bound:
-            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
+            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms, bias)
         sparse = vocabulary.Sparse(missing=soft_bound)
-        guess, missing = vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse)
-        return replace(guess, missing=missing)
+        return vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse, bias)
 
     def peak_memory(self) -> int:
         return (

@@ -76,6 +76,9 @@ class MlxArrays(Ops):
     def aswide(self, x: np.ndarray) -> Array:
         return mx.array(np.asarray(x, np.float32))
 
+    def asclasses(self, x: np.ndarray) -> Array:
+        return mx.array(x.astype(np.int16))
+
     def load(self, stored: Stored, wide: bool = False) -> Array:
         x = mx.array(stored.data)  # a copy: nothing keeps the file mapped
         x = x.view(mx.bfloat16) if stored.dtype == "BF16" else x

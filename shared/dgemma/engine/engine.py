@@ -21,6 +21,7 @@ from dgemma.engine.handle import Handle
 from dgemma.engine.prefix import Prefixes
 from dgemma.engine.request import Request
 from dgemma.engine.row import Row
+from dgemma.engine.sampler import few
 from dgemma.errors import DgemmaError, PromptError, QueueFullError
 from dgemma.network.context import Context
 from dgemma.network.memory import format_of, row_bytes
@@ -230,6 +231,7 @@ class Engine:
             np.stack([canvas.uniforms() for canvas in canvases]),
             min(row.soft_bound for row, _ in live),
             [row.bias() for row, _ in live],
+            [few(row.request.settings) for row, _ in live],
         )
         spent = time.perf_counter() - began
         for place, (row, handle) in enumerate(live):
