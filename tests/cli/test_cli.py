@@ -196,7 +196,7 @@ def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
     result = call(*args, stdin=json.dumps(data | {"top_p": 0.9}))
     reply = json.loads(result.stdout)
     assert (reply["tokens"], reply["seed"]) == (3, 5)
-    assert_one_line(call(*args, stdin=json.dumps(data | {"top_p": 2})), 1, "top_p")
+    assert_one_line(call(*args, stdin=json.dumps({"messages": data["messages"], "top_p": 2})), 1, "top_p")
     assert "not used of the request: model, stream" in result.stderr
     options = call(*args, "--max-tokens", "4", "--seed", "6", stdin=json.dumps(data))
     reply = json.loads(options.stdout)
