@@ -172,8 +172,8 @@ class Engine:
                 if self.memory is not None and self.reserved + needed > self.memory:
                     return
                 row, handle = self._waiting.popleft()
+                self.reserved += needed
                 self._rows.append((row, handle))
-            self.reserved += needed
             self._enter(row, handle)
 
     def _enter(self, row: Row, handle: Handle) -> None:
