@@ -1,0 +1,182 @@
+"""The arrays that a pass holds at its widest moment, by backend: what the bodies of its operations keep at once.
+
+Each number is counted in the code that it describes, none is fitted to a machine.
+
+    N tokens of all rows  L queries of one row  S keys  D hidden  H heads  G KV heads  C head size
+    F dense MLP  K picks a token  M expert size  V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from dgemma.formats.quantized import Form
+from dgemma.network.config import Config, LayerConfig
+from dgemma.network.ops import Ops
+from dgemma.network.spec import text_parameters
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a backend holds numbers, and how many arrays it has at once.
+
+    `compute` and `wide` are bytes of a number. Counts are of arrays [N, H·C] where heads are made; [H, L, S] of
+    scores, in the encoder and for a canvas; [N, F] or [N·K, M] in a gated product, gate and up included; [rows,
+    tile] of logits, beside the plane [rows, V] where one is kept.
+    """
+
+    name: str
+    place: str  # "CPU" or "GPU"
+    dtype: str
+    compute: int
+    wide: int
+    heads: int
+    causal_scores: int
+    scores: int
+    gated: int
+    tiles: int
+    tile: int = 32768  # tokens
+    rows: int = 256  # of the vocabulary at once
+    plane: int = 0  # bytes of a logit in a plane
+    gathers: int = 0  # rows of the table that each position's sample gathers
+    joins: str = "always"  # whether keys are copied behind those of the past: "always", "causal", "never"
+    score_bytes: int = 1 << 62  # of an array of scores at most, counted as float32
+    piece_slots: int = 1 << 30  # tokens of a piece of a context
+    decodes: int = 0  # bytes of the integers by which records are decoded; 0: products read them as they are
+    widens: bool = False  # whether products make float32 of whole matrices
+    whole_process: bool = False  # whether `Ops.peak_memory` is the process's, and not that of its arrays
+    staging: int = 0  # bytes of each of two buffers for uploads
+
+
+# In NumPy a softmax has scores, differences and exponentials; a GELU three arrays beside gate and up; a tile of
+# logits its differences, exponentials and sums. PyTorch fuses the first two, on a CPU without any scores. MLX on
+# a CPU runs up to ten operations ahead: a gated product or a canvas's softmax are dozens of one size, and of
+# the five of a block of a prompt's attention three are scores.
+BACKENDS = (
+    Backend("mlx", "GPU", "bfloat16", 2, 4, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
+            score_bytes=128 << 20, piece_slots=24576),
+    Backend("mlx", "GPU", "float32", 4, 4, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
+            score_bytes=128 << 20, piece_slots=24576),
+    Backend("mlx", "CPU", "float32", 4, 4, 6, 6, 12, 14, 12, tile=2048, gathers=32, joins="causal",
+            score_bytes=2 << 20, piece_slots=24576, decodes=4),
+    Backend("mlx", "CPU", "bfloat16", 2, 4, 6, 6, 12, 14, 12, tile=2048, gathers=32, joins="causal",
+            score_bytes=2 << 20, piece_slots=24576, decodes=4, widens=True),
+    Backend("cuda", "GPU", "bfloat16", 2, 4, 4, 0, 0, 4, 0, rows=512, plane=2, joins="never",
+            piece_slots=4096),
+    Backend("cuda", "GPU", "float32", 4, 4, 4, 3, 3, 4, 4, plane=4, piece_slots=4096, decodes=4),
+    Backend("cuda", "CPU", "float32", 4, 4, 4, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
+            whole_process=True, staging=64 << 20),
+    Backend("cuda", "CPU", "bfloat16", 2, 4, 6, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
+            whole_process=True, staging=64 << 20),
+    Backend("numpy", "CPU", "float64", 8, 8, 4, 3, 3, 5, 3, plane=8, decodes=8, whole_process=True),
+)  # fmt: skip
+
+
+def backend_of(ops: Ops) -> Backend:
+    """The description of a backend that runs."""
+    return find(ops.name, "GPU" if ops.on_gpu else "CPU", ops.dtype_name)
+
+
+def find(name: str, place: str, dtype: str) -> Backend:
+    """The backend of this name on a "CPU" or "GPU" in this type."""
+    return next(b for b in BACKENDS if (b.name, b.place, b.dtype) == (name, place, dtype))
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass: its tokens, how many are of its longest row, and what that row has encoded before."""
+
+    tokens: int
+    queries: int
+    past: int
+    causal: bool
+
+
+def moments(
+    backend: Backend, config: Config, work: Work, forms: Mapping[str, Form | None]
+) -> dict[str, int]:
+    """Bytes of temporaries in each part of a pass, the stream and a prompt's new keys and values included."""
+    stream = _stream(backend, config, work)
+    parts = {
+        "attention": stream + max(_attention(backend, config, layer, work) for layer in set(config.layers)),
+        "dense MLP": stream + backend.gated * work.tokens * config.mlp_size * backend.compute,
+        "experts": stream + _experts(backend, config, work.tokens),
+        "decoded weights": stream + _decoded(backend, config, forms),
+    }
+    return parts if work.causal else parts | {"vocabulary": vocabulary_bytes(backend, config, work.tokens)}
+
+
+def slot_bytes(layer: LayerConfig, compute: int) -> int:
+    """Key and value of one token in one layer. Full layers store both: V is K's projection before k_norm."""
+    return 2 * layer.kv_heads * layer.head_dim * compute
+
+
+def _stream(backend: Backend, config: Config, work: Work) -> int:
+    """The residual stream and its norms, three for the branches and one of a branch's result."""
+    width = config.hidden_size * (5 * backend.compute + backend.wide)
+    new = sum(slot_bytes(layer, backend.compute) for layer in config.layers) if work.causal else 0
+    return work.tokens * (width + new)
+
+
+def attention_bytes(backend: Backend, config: Config, work: Work) -> int:
+    """Scores and joined keys of the widest layer for one row."""
+    return max(sum(_row(backend, config, layer, work)) for layer in set(config.layers))
+
+
+def _attention(backend: Backend, config: Config, layer: LayerConfig, work: Work) -> int:
+    queries, keys = config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    token = work.tokens * backend.compute
+    made = token * (backend.heads * queries + 4 * keys)
+    # Queries, keys and values of all rows, what is done of the result, and a row's own queries and result.
+    return max(made, token * (2 * queries + 2 * keys) + sum(_row(backend, config, layer, work)))
+
+
+def _row(backend: Backend, config: Config, layer: LayerConfig, work: Work) -> tuple[int, int]:
+    """One row's attention in a layer: scores, and keys and values behind their past."""
+    past = work.past if layer.past is None else min(work.past, layer.past)
+    queries, keys = work.queries, past + work.queries
+    joins = backend.joins == "always" or (backend.joins == "causal" and work.causal)
+    joined = keys * slot_bytes(layer, backend.compute) if joins and past else 0
+    most = backend.score_bytes // 4
+    if work.causal and most < config.heads * queries * keys:  # blocks of queries, which skip keys
+        queries = max(1, min(queries, most // (config.heads * keys), layer.window or queries))
+        keys = min(keys, (layer.window or keys) + queries)
+    count = backend.causal_scores if work.causal else backend.scores
+    return count * min(most, config.heads * queries * keys) * backend.compute, joined
+
+
+def _experts(backend: Backend, config: Config, tokens: int) -> int:
+    """Rows of picks: sorted inputs with gate and up, the gated product, and the weighted sum of results."""
+    D, M, rows = config.hidden_size, config.expert_size, tokens * config.top_k
+    equal = backend.compute == backend.wide
+    total = D * (2 * backend.compute if equal else backend.compute + 2 * backend.wide)
+    widest = max((D + 2 * M) * backend.compute, (backend.gated + 1) * M * backend.compute, total)
+    return rows * widest + tokens * D * backend.wide
+
+
+def _decoded(backend: Backend, config: Config, forms: Mapping[str, Form | None]) -> int:
+    """The largest matrix while its record is decoded: octets, codes apart and joined; or what is widened."""
+    most = 0
+    for param in text_parameters(config):
+        form, size = forms.get(param.name), param.size
+        if form is not None and backend.decodes:
+            if param.group == "experts":
+                size = prod(param.shape[1:])
+            elif param.group == "embed":
+                size = min(backend.tile, param.shape[0]) * param.shape[1]
+            whole = 1 if backend.tile < 32768 else 2 + form.bits / 8  # MLX decodes in one operation
+            most = max(most, int(size * backend.decodes * whole))
+        elif backend.widens and len(param.shape) > 1 and not param.wide:
+            most = max(most, size * backend.wide)
+    return most
+
+
+def vocabulary_bytes(backend: Backend, config: Config, tokens: int) -> int:
+    """The plane of logits of as many positions as a block has, or its tiles, and the sums [rows, D]."""
+    rows, D, V = min(backend.rows, tokens), config.hidden_size, config.vocab_size
+    tiles = backend.tiles * min(backend.tile, V) * backend.wide
+    gathered = backend.gathers * D * backend.compute + 2 * bool(backend.gathers) * (V // 32) * backend.wide
+    logits = max(V * backend.plane + tiles, gathered)
+    return rows * (logits + 3 * D * backend.wide) + 2 * tokens * D * backend.compute
