@@ -23,8 +23,8 @@ class Backend:
     """How a backend holds numbers, and how many arrays it has at once.
 
     `compute` and `wide` are bytes of a number. Counts are of arrays [N, H·C] where heads are made; [H, L, S] of
-    scores, in the encoder and for a canvas; [N, F] or [N·K, M] in a gated product, gate and up included; [rows,
-    tile] of logits, beside the plane [rows, V] where one is kept.
+    scores, in the encoder and for a canvas, and those of a canvas with itself; [N, F] or [N·K, M] in a gated
+    product, gate and up included; [rows, tile] of logits, beside the plane [rows, V] where one is kept.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Backend:
     heads: int
     causal_scores: int
     scores: int
+    own_scores: int
     gated: int
     tiles: int
     tile: int = 32768  # tokens
@@ -46,31 +47,32 @@ class Backend:
     piece_slots: int = 1 << 30  # tokens of a piece of a context
     decodes: int = 0  # bytes of the integers by which records are decoded; 0: products read them as they are
     widens: bool = False  # whether products make float32 of whole matrices
+    lazy: bool = False  # whether dense MLP and experts, which are independent, exist together
     whole_process: bool = False  # whether `Ops.peak_memory` is the process's, and not that of its arrays
     staging: int = 0  # bytes of each of two buffers for uploads
 
 
 # In NumPy a softmax has scores, differences and exponentials; a GELU three arrays beside gate and up; a tile of
-# logits its differences, exponentials and sums. PyTorch fuses the first two, on a CPU without any scores. MLX on
-# a CPU runs up to ten operations ahead: a gated product or a canvas's softmax are dozens of one size, and of
-# the five of a block of a prompt's attention three are scores.
+# logits its differences, exponentials and sums. PyTorch fuses the first two, on a CPU without any scores. MLX
+# runs up to ten operations ahead on a CPU. A gated product is dozens of one size there. Of a block of a prompt's
+# attention one in five is an array of scores, and of a canvas's the past's take turns with its own.
 BACKENDS = (
-    Backend("mlx", "GPU", "bfloat16", 2, 4, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
-            score_bytes=128 << 20, piece_slots=24576),
-    Backend("mlx", "GPU", "float32", 4, 4, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
-            score_bytes=128 << 20, piece_slots=24576),
-    Backend("mlx", "CPU", "float32", 4, 4, 6, 6, 12, 14, 12, tile=2048, gathers=32, joins="causal",
-            score_bytes=2 << 20, piece_slots=24576, decodes=4),
-    Backend("mlx", "CPU", "bfloat16", 2, 4, 6, 6, 12, 14, 12, tile=2048, gathers=32, joins="causal",
-            score_bytes=2 << 20, piece_slots=24576, decodes=4, widens=True),
-    Backend("cuda", "GPU", "bfloat16", 2, 4, 4, 0, 0, 4, 0, rows=512, plane=2, joins="never",
+    Backend("mlx", "GPU", "bfloat16", 2, 4, 3, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
+            score_bytes=128 << 20, piece_slots=24576, lazy=True),
+    Backend("mlx", "GPU", "float32", 4, 4, 3, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
+            score_bytes=128 << 20, piece_slots=24576, lazy=True),
+    Backend("mlx", "CPU", "float32", 4, 4, 6, 3, 7, 5, 12, 12, tile=2048, gathers=32, joins="causal",
+            score_bytes=2 << 20, piece_slots=24576, decodes=4, lazy=True),
+    Backend("mlx", "CPU", "bfloat16", 2, 4, 6, 3, 7, 5, 12, 12, tile=2048, gathers=32, joins="causal",
+            score_bytes=2 << 20, piece_slots=24576, decodes=4, lazy=True, widens=True),
+    Backend("cuda", "GPU", "bfloat16", 2, 4, 4, 0, 0, 0, 4, 0, rows=512, plane=2, joins="never",
             piece_slots=4096),
-    Backend("cuda", "GPU", "float32", 4, 4, 4, 3, 3, 4, 4, plane=4, piece_slots=4096, decodes=4),
-    Backend("cuda", "CPU", "float32", 4, 4, 4, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
+    Backend("cuda", "GPU", "float32", 4, 4, 4, 3, 3, 3, 4, 4, plane=4, piece_slots=4096, decodes=4),
+    Backend("cuda", "CPU", "float32", 4, 4, 4, 0, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
             whole_process=True, staging=64 << 20),
-    Backend("cuda", "CPU", "bfloat16", 2, 4, 6, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
+    Backend("cuda", "CPU", "bfloat16", 2, 4, 6, 0, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
             whole_process=True, staging=64 << 20),
-    Backend("numpy", "CPU", "float64", 8, 8, 4, 3, 3, 5, 3, plane=8, decodes=8, whole_process=True),
+    Backend("numpy", "CPU", "float64", 8, 8, 4, 3, 3, 3, 5, 3, plane=8, decodes=8, whole_process=True),
 )  # fmt: skip
 
 
@@ -99,9 +101,11 @@ def moments(
 ) -> dict[str, int]:
     """Bytes of temporaries in each part of a pass, the stream and a prompt's new keys and values included."""
     stream = _stream(backend, config, work)
+    picks = work.tokens * config.top_k * (config.hidden_size + 2 * config.expert_size)
+    mlp = backend.gated * work.tokens * config.mlp_size + picks * backend.lazy
     parts = {
         "attention": stream + max(_attention(backend, config, layer, work) for layer in set(config.layers)),
-        "dense MLP": stream + backend.gated * work.tokens * config.mlp_size * backend.compute,
+        "dense MLP": stream + mlp * backend.compute,
         "experts": stream + _experts(backend, config, work.tokens),
         "decoded weights": stream + _decoded(backend, config, forms),
     }
@@ -140,11 +144,14 @@ def _row(backend: Backend, config: Config, layer: LayerConfig, work: Work) -> tu
     joins = backend.joins == "always" or (backend.joins == "causal" and work.causal)
     joined = keys * slot_bytes(layer, backend.compute) if joins and past else 0
     most = backend.score_bytes // 4
-    if work.causal and most < config.heads * queries * keys:  # blocks of queries, which skip keys
+    if not work.causal:
+        seen = backend.scores * min(most, config.heads * queries * past)
+        own = backend.own_scores * config.heads * queries * queries
+        return (seen + own) * backend.compute, joined
+    if most < config.heads * queries * keys:  # blocks of queries, which skip keys
         queries = max(1, min(queries, most // (config.heads * keys), layer.window or queries))
         keys = min(keys, (layer.window or keys) + queries)
-    count = backend.causal_scores if work.causal else backend.scores
-    return count * min(most, config.heads * queries * keys) * backend.compute, joined
+    return backend.causal_scores * config.heads * queries * keys * backend.compute, joined
 
 
 def _experts(backend: Backend, config: Config, tokens: int) -> int:
@@ -152,7 +159,9 @@ def _experts(backend: Backend, config: Config, tokens: int) -> int:
     D, M, rows = config.hidden_size, config.expert_size, tokens * config.top_k
     equal = backend.compute == backend.wide
     total = D * (2 * backend.compute if equal else backend.compute + 2 * backend.wide)
-    widest = max((D + 2 * M) * backend.compute, (backend.gated + 1) * M * backend.compute, total)
+    # What is lazy holds the sorted inputs still, and halves of their product twice.
+    gated = backend.gated * M + backend.lazy * (D + 3 * M)
+    widest = max((D + 2 * M) * backend.compute, gated * backend.compute, total)
     return rows * widest + tokens * D * backend.wide
 
 
@@ -177,6 +186,8 @@ def vocabulary_bytes(backend: Backend, config: Config, tokens: int) -> int:
     """The plane of logits of as many positions as a block has, or its tiles, and the sums [rows, D]."""
     rows, D, V = min(backend.rows, tokens), config.hidden_size, config.vocab_size
     tiles = backend.tiles * min(backend.tile, V) * backend.wide
-    gathered = backend.gathers * D * backend.compute + 2 * bool(backend.gathers) * (V // 32) * backend.wide
-    logits = max(V * backend.plane + tiles, gathered)
+    logits = V * backend.plane + tiles
+    if backend.gathers:  # beside the masses of all runs, twice, and what is left of the last tile
+        masses, left = 2 * (V // 32) * backend.wide, 4 * min(backend.tile, V) * backend.wide
+        logits = max(logits, backend.gathers * D * backend.compute + masses + left)
     return rows * (logits + 3 * D * backend.wide) + 2 * tokens * D * backend.compute
