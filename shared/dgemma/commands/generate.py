@@ -54,6 +54,7 @@ def generate(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     live: bool | None,
     stats: bool,
@@ -114,7 +115,7 @@ def generate(
             note("dgemma: no --model given, so the embedded model answers; it knows toy tasks only")
         loaded = load(
             model, backend, dtype, device, progress,
-            activations=activations, notices=TerminalNotices(console), check=check,
+            activations=activations, notices=TerminalNotices(console), check=check, force=force,
         )  # fmt: skip
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
     events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, **settings)

@@ -102,7 +102,9 @@ def room(ops: Ops, config: Config, rows: int, forms: Forms = NOTHING_QUANTIZED) 
     It is what is free, less a pass of so many rows, less a tenth, which allocators lose between their blocks.
     """
     free = ops.free_memory()
-    return None if free is None else max(0, int(0.9 * free) - pass_bytes(config, backend_of(ops), rows, forms))
+    return (
+        None if free is None else max(0, int(0.9 * free) - pass_bytes(config, backend_of(ops), rows, forms))
+    )
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,23 @@ def predict(
     for name in ("a prompt", "a commit"):
         new = works[name].tokens * kv_bytes(config, backend.compute, 1)
         parts[f"contexts of {name}"] = new + _growth(config, backend, tokens)
-    contexts, canvases = rows * kv_bytes(config, backend.compute, tokens), rows * _canvas_bytes(config, backend)
+    contexts, canvases = (
+        rows * kv_bytes(config, backend.compute, tokens),
+        rows * _canvas_bytes(config, backend),
+    )
     parts["a tensor that is loaded"] = _loading(config, backend, forms) - contexts - canvases
     widest = max(parts, key=lambda name: parts[name])
     staged = _staged(config, backend, forms)
     known = None if process is None else process + staged if backend.whole_process else 0
     return Memory(weights, contexts, canvases, parts[widest], widest, known)
+
+
+def vocabulary_plane(config: Config, form: Format) -> int:
+    """The plane of logits of one canvas, wide: at most `Ops.vocab_rows` positions.
+
+    PyTorch's plain path and NumPy keep all of it, MLX a few tiles, CUDA's kernels half.
+    """
+    return min(Ops.vocab_rows, config.canvas_length) * config.vocab_size * form.wide
 
 
 def _prompt(rows: int, tokens: int) -> Work:

@@ -1,4 +1,4 @@
-"""The arrays that a pass holds at its widest moment, by backend: what the bodies of its operations keep at once.
+"""The arrays that a pass holds at its widest moment, by backend: what its operations keep at once.
 
 Each number is counted in the code that it describes, none is fitted to a machine.
 
@@ -22,9 +22,9 @@ from dgemma.network.spec import text_parameters
 class Backend:
     """How a backend holds numbers, and how many arrays it has at once.
 
-    `compute` and `wide` are bytes of a number. Counts are of arrays [N, H·C] where heads are made; [H, L, S] of
-    scores, in the encoder and for a canvas, and those of a canvas with itself; [N, F] or [N·K, M] in a gated
-    product, gate and up included; [rows, tile] of logits, beside the plane [rows, V] where one is kept.
+    `compute` and `wide` are bytes of a number. Counts are of arrays [N, H·C] where heads are made; [H, L, S]
+    of scores, in the encoder and for a canvas, and those of a canvas with itself; [N, F] or [N·K, M] in a
+    gated product, gate and up included; [rows, tile] of logits, beside the plane [rows, V] if one is kept.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Backend:
     staging: int = 0  # bytes of each of two buffers for uploads
 
 
-# In NumPy a softmax has scores, differences and exponentials; a GELU three arrays beside gate and up; a tile of
-# logits its differences, exponentials and sums. PyTorch fuses the first two, on a CPU without any scores. MLX
-# runs up to ten operations ahead on a CPU. A gated product is dozens of one size there. Of a block of a prompt's
-# attention one in five is an array of scores, and of a canvas's the past's take turns with its own.
+# In NumPy a softmax has scores, differences and exponentials; a GELU three arrays beside gate and up; a tile
+# of logits its differences, exponentials and sums. PyTorch fuses the first two, on a CPU without any scores.
+# MLX runs up to ten operations ahead on a CPU. A gated product is dozens of one size there. Of a block of a
+# prompt's attention one in five is an array of scores, and a canvas's of the past take turns with its own.
 BACKENDS = (
     Backend("mlx", "GPU", "bfloat16", 2, 4, 3, 3, 3, 3, 4, 4, tile=49152, gathers=32, joins="causal",
             score_bytes=128 << 20, piece_slots=24576, lazy=True),
@@ -96,9 +96,7 @@ class Work:
     causal: bool
 
 
-def moments(
-    backend: Backend, config: Config, work: Work, forms: Mapping[str, Form | None]
-) -> dict[str, int]:
+def moments(backend: Backend, config: Config, work: Work, forms: Mapping[str, Form | None]) -> dict[str, int]:
     """Bytes of temporaries in each part of a pass, the stream and a prompt's new keys and values included."""
     stream = _stream(backend, config, work)
     picks = work.tokens * config.top_k * (config.hidden_size + 2 * config.expert_size)
