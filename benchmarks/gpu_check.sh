@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one go: the selftest at the released geometry, recorded steps against
-# eager ones, the embedded model's answers, the benchmark in each format and beside transformers, the kernel
-# tests compiled and run. What matters most comes first, and the JSON file is rewritten after every step, so
-# that a run which is cut off leaves what it had. Needs no network and no installation: `python` must have
+# eager ones over contexts in pieces, the embedded model's answers, the benchmark in each format and beside
+# transformers, the kernel tests compiled and run. What matters most comes first, and the JSON file is rewritten
+# after every step, so that a run which is cut off leaves what it had. Needs no network and no installation: `python` must have
 # torch, triton, numpy, click, rich, jinja2, tokenizers and safetensors; pytest and transformers for their steps.
 #
 #     benchmarks/gpu_check.sh [OUT.json]
@@ -120,8 +120,9 @@ fi
 step bench-skewed 120 "${bench[@]}" --skew 1
 step bench-16k 120 "${bench[@]}" --context 16384
 if command -v compute-sanitizer >/dev/null; then
+    # Attention follows addresses that it reads: what it must not read is what the sanitizer knows.
     step sanitizer 120 compute-sanitizer --error-exitcode 9 "${pytest[@]}" tests/kernels/test_moe.py \
-        -k "odd_sizes or whole"
+        tests/kernels/test_attention.py -k "odd_sizes or whole or unequal or windows"
 fi
 step against-transformers-compiled 540 "${against[@]}"
 collect

@@ -5,7 +5,7 @@ come from memory as they do in a step; the whole step is timed as the engine run
 The floor of a part is the larger of its bytes over the measured copy bandwidth and its products over the
 measured matrix throughput. The same program runs on a CPU, for its tests.
 
-    B rows  L canvas  S slots  N = B·L tokens  D hidden  V vocabulary  K picks
+    B rows  L canvas  N = B·L tokens  D hidden  C head size  V vocabulary  K picks
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dgemma.formats.quantized import Quantized
 from dgemma.model import Model
 from dgemma.network import graph
 from dgemma.network.config import Config, LayerConfig
+from dgemma.network.context import Context
 from dgemma.network.ops import Mask
 from dgemma.network.ops.vocabulary import embed
-from dgemma.network.runner import Context
 from dgemma.network.weights import LayerWeights
 from dgemma.reports.tables import amount, columns
 from dgemma.settings import read_generation_config
@@ -105,12 +105,12 @@ def stored_bytes(weight: Any) -> int:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model with random weights, an encoded context, and inputs of a step in its middle."""
+    """A model with random weights, an encoded context a row, and inputs of a step in its middle."""
 
     ops: CudaOps
     model: Model
-    context: Context
-    hidden: torch.Tensor  # [B, L, D]
+    contexts: list[Context]
+    hidden: torch.Tensor  # [N, D]
     canvas: np.ndarray  # [B, L]
     soft: torch.Tensor  # [B, L, D]
 
@@ -130,8 +130,8 @@ class Bench:
 
     def _experts(self, repeats: int) -> Part:
         """Router and experts of every layer."""
-        ops, config, h = self.ops, self.model.config, self.hidden.flatten(0, 1)
-        run = graph.Pass(ops, config, ops.asarray(self.context.lengths), {}, False, False)
+        ops, config, h = self.ops, self.model.config, self.hidden
+        run = graph.Pass(ops, config, (), {}, False)
         layers = [w for _, w in self._layers()]
         touched = [self._touched(w, h) for w in layers]
         share = [len(ids) / config.num_experts for ids in touched]
@@ -150,17 +150,22 @@ class Bench:
 
     def _attention(self, repeats: int) -> Part:
         """The products of queries with keys and values of every layer, own canvas included."""
-        ops, config = self.ops, self.model.config
+        ops, config, N = self.ops, self.model.config, self.tokens
         B, L = self.canvas.shape
+        by_row = [context.read() for context in self.contexts]
+        pieces = [list(layer) for layer in zip(*by_row, strict=True)]
+        pasts = ops.pasts(pieces, (L,) * B)
         calls, size, flops = [], 0, 0
-        for (layer, _), (k, v) in zip(self._layers(), self.context.cache.read(), strict=True):
-            shape = (B, config.heads, L, layer.head_dim)
-            q = torch.randn(shape, device=ops.device, dtype=ops.dtype) * layer.head_dim**-0.5
-            own = torch.zeros(B, layer.kv_heads, L, layer.head_dim, device=ops.device, dtype=ops.dtype)
-            calls.append((q, (own, own), (k, v)))
-            size += k.nbytes + v.nbytes + 2 * own.nbytes + 2 * q.nbytes
-            flops += 4 * B * config.heads * L * (k.shape[2] + L) * layer.head_dim
-        ms = clock(ops, lambda: [ops.attend(*call, Mask()) for call in calls], repeats)
+        for index, (layer, _) in enumerate(self._layers()):
+            C = layer.head_dim
+            q = torch.randn(config.heads, N, C, device=ops.device, dtype=ops.dtype) * C**-0.5
+            own = torch.zeros(layer.kv_heads, N, C, device=ops.device, dtype=ops.dtype)
+            calls.append((q, (own, own), pasts[index], (L,) * B, Mask(window=layer.window)))
+            read = [x for row in pieces[index] for pair in row for x in pair]
+            size += sum(x.nbytes for x in read) + 2 * own.nbytes + 2 * q.nbytes
+            keys = N + sum(x.shape[1] for x in read) // 2
+            flops += 4 * config.heads * L * keys * C
+        ms = clock(ops, lambda: [ops.attend(*call) for call in calls], repeats)
         return Part("attention", ms, size, flops)
 
     def _projections(self, w: LayerWeights) -> list[Any]:
@@ -168,7 +173,7 @@ class Bench:
 
     def _linears(self, name: str, repeats: int, stages: Sequence[Sequence[Any]]) -> Part:
         """Every layer's matrices from the hidden size, and the one back to it."""
-        ops, h = self.ops, self.hidden.flatten(0, 1)
+        ops, h = self.ops, self.hidden
         back = [w.attention.o if name == "projections" else w.mlp.down for w in self.model.weights.layers]
         wide = [torch.zeros(len(h), w.shape[-1], device=ops.device, dtype=ops.dtype) for w in back]
         every = [w for stage in stages for w in stage] + back
@@ -181,9 +186,8 @@ class Bench:
         return Part(name, clock(ops, run, repeats), sum(stored_bytes(w) for w in every), flops)
 
     def _vocabulary(self, repeats: int) -> Part:
-        ops, w, config = self.ops, self.model.weights, self.model.config
-        h = self.hidden.flatten(0, 1)
-        temperature, uniforms = ops.aswide(np.asarray(0.6)), torch.rand(len(h), device=ops.device)
+        ops, w, config, h = self.ops, self.model.weights, self.model.config, self.hidden
+        temperature, uniforms = ops.aswide(np.full(len(h), 0.6)), torch.rand(len(h), device=ops.device)
         ms = clock(ops, lambda: ops.vocabulary(h, w.embed, config.softcap, temperature, uniforms), repeats)
         plane = 2 * len(h) * config.vocab_size  # bfloat16 logits, once out and twice in
         flops = 4 * len(h) * config.vocab_size * config.hidden_size
@@ -196,7 +200,7 @@ class Bench:
         for _ in range(count + 3):
             uniforms, noise = rng.random(canvas.shape), rng.integers(0, vocab, canvas.shape)
             began = time.perf_counter()
-            step = self.model.refine(self.context, canvas, soft, 0.6, uniforms, noise)
+            step = self.model.refine(self.contexts, canvas, soft, 0.6, uniforms, noise)
             times.append(1e3 * (time.perf_counter() - began))
             canvas, soft = step.canvas, step.soft
         return times[3:]
@@ -211,7 +215,7 @@ def prepare(
     model, rng = Model(ops, config, settings, weights, None), np.random.default_rng(seed)
     encoded = model.encode(rng.integers(0, config.vocab_size, (rows, context)).tolist())
     canvas = rng.integers(0, config.vocab_size, (rows, config.canvas_length))
-    shape = (*canvas.shape, config.hidden_size)
+    shape = canvas.size, config.hidden_size
     hidden = torch.randn(shape, device=ops.device, dtype=ops.dtype)
     return Bench(ops, model, encoded, hidden, canvas, embed(ops, weights.embed, ops.asarray(canvas)))
 

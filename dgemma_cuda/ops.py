@@ -38,8 +38,9 @@ class CudaOps(Ops):
     name = "cuda"
     # Rows of the kernels' plane of logits, which is bfloat16: twice those of the definition's float32 one.
     kernel_rows = vocabulary.ROWS
-    # A piece grows by a copy: half of it on average at each commit, some 80 MB at the released geometry, 0.03 %
-    # of a canvas's time. Kernels hardly notice pieces, but each doubling of them is a recording. Four hold 16k.
+    # A piece grows by being copied: at each commit half of it on average, 80 MB of traffic in the release and
+    # 0.03 % of a canvas's time. Pieces cost a kernel next to nothing, but each doubling of them a recording.
+    # Four hold 16k.
     piece_slots = 4096
 
     def __init__(

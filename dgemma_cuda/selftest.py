@@ -21,7 +21,6 @@ from dgemma.released import RELEASED_DIR
 from dgemma.reports.selftest import Check, difference, found, nothing
 
 from .bench import ceilings, clock
-from .graphs import Followed
 from .kernels import attention, fp4, linear, moe, vocabulary
 from .kernels.launch import supported
 from .ops import CudaOps, make
@@ -111,24 +110,25 @@ def _linear(ops: CudaOps, config: Config, form: Form, normal: Normal, generator:
 
 
 def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: Normal) -> Check:
-    """A canvas over its context, in a layer of this kind, with a row's padding in front."""
+    """A canvas over its context in two pieces, in a layer of this kind, and a short row without any."""
     layer = next(layer for layer in config.layers if layer.kind == kind)
-    L, C = config.canvas_length, layer.head_dim
-    slots = L + (context if layer.past is None else min(context, layer.past))
-    q = normal(1, config.heads, L, C) * C**-0.5
-    k, v = (normal(1, layer.kv_heads, slots, C) for _ in range(2))
-    own, past = (k[:, :, -L:], v[:, :, -L:]), (k[:, :, :-L], v[:, :, :-L])
-    (remote,) = Followed([past]).seen  # as a recorded step has it
-    mask = Mask(torch.tensor([3], device=ops.device))
-    nbytes = k.nbytes + v.nbytes + 2 * q.nbytes
+    lengths, C, G = (config.canvas_length, config.canvas_length // 8), layer.head_dim, layer.kv_heads
+    slots = context if layer.past is None else min(context, layer.past)
+    q = normal(config.heads, sum(lengths), C) * C**-0.5
+    own = normal(G, sum(lengths), C), normal(G, sum(lengths), C)
+    sizes = slots // 3, slots - slots // 3
+    past = [[(normal(G, n, C), normal(G, n, C)) for n in sizes], []]
+    (there,) = attention.table([past], lengths, ops.device)
+    mask = Mask(window=layer.window)
+    nbytes = sum(x.nbytes for pair in (own, *past[0]) for x in pair) + 2 * q.nbytes
     return _timed(
         ops,
         "attention",
         f"heads of {C}",
         2**-6,
         nbytes,
-        lambda: attention.attend(q, own, remote, mask),
-        lambda: attention.attention_plain(q, k, v, mask),
+        lambda: attention.attend(q, own, there, lengths, mask),
+        lambda: attention.attend_plain(q, own, past, lengths, mask),
     )
 
 

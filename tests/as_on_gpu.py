@@ -22,7 +22,7 @@ class AsOnGpu(MlxOps):
     """Every branch for a GPU but the kernels, which tests/metal has: which of them run, a user's cache says.
 
     A step is `compiled` where a test says so. On a CPU each fused kernel is a run of g++: with all tests of
-    this backend they were 555, eight minutes, and all passed. tests/graph/test_compiled.py needs 99.
+    this backend they were 555, eight minutes, and all passed. tests/graph/test_compiled.py needs 95.
     """
 
     def __init__(self, dtype: str, compiled: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ from dgemma.model import Model
 from dgemma.network.build import build, constants
 from dgemma.network.config import Config, read_config
 from dgemma.network.context import Context
-from dgemma.network.ops import KV, Array
+from dgemma.network.ops import Array, Past
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import read_generation_config
@@ -68,8 +68,7 @@ def ours(
     ops = TracedOps(kernels)
     weights = blank_weights(ops, config, form)
     ids = np.zeros((rows, config.canvas_length), np.int64)
-    shapes = [(layer.kv_heads, context, layer.head_dim) for layer in config.layers]
-    pasts = [[(mx.zeros(x, ops.dtype), mx.zeros(x, ops.dtype)) for x in shapes] for _ in range(rows)]
+    pasts = [blank_past(ops, config, context) for _ in range(rows)]
     soft = mx.zeros((*ids.shape, config.hidden_size), ops.dtype)
     given = (weights, pasts, soft)
 
@@ -77,7 +76,7 @@ def ours(
         source = iter(arrays)
         weights, pasts, soft = mapped(given, lambda _: next(source))
         model = Model(ops, config, generation, weights, None)
-        contexts = [encoded(ops, config, past) for past in pasts]
+        contexts = [Holder(ops, config, past, context) for past in pasts]
         step = model.refine(contexts, ids, soft, 0.5, np.zeros(ids.shape), ids)
         return [ops.read.pop(), step.soft]
 
@@ -85,11 +84,19 @@ def ours(
     return Step(function, arrays, {i for i, x in enumerate(arrays) if id(x) in table}, compiled=rows == 1)
 
 
-def encoded(ops: MlxOps, config: Config, new: list[KV]) -> Context:
-    """A context as a prefill leaves it whose keys and values [G, n, C] are `new`, by layer."""
-    context = Context(ops, config)
-    context.append(new)
-    return context
+class Holder(Context):
+    """A context of `length` tokens that holds the pieces which it is given, by layer."""
+
+    def __init__(self, ops: MlxOps, config: Config, layers: Sequence[Past], length: int):
+        super().__init__(ops, config)
+        self._layers, self.length = [list(pieces) for pieces in layers], length
+
+
+def blank_past(ops: MlxOps, config: Config, tokens: int) -> list[Past]:
+    """What a canvas reads behind a prefill of so many tokens, by layer."""
+    context, shapes = Context(ops, config), [(x.kv_heads, tokens, x.head_dim) for x in config.layers]
+    context.append([(mx.zeros(shape, ops.dtype), mx.zeros(shape, ops.dtype)) for shape in shapes])
+    return context.read()
 
 
 def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:

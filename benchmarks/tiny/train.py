@@ -79,8 +79,8 @@ class TrainOps(CudaOps):
         y = geglu(self, y[..., : M2 // 2], y[..., M2 // 2 :]) * share[:, :, None]
         return F.linear(y.reshape(-1, E * M2 // 2), down.transpose(0, 1).reshape(D, -1))
 
-    def attend(self, q: Array, own: KV, past: Past, lengths: Sequence[int], mask: Mask) -> Array:
-        """All rows of a batch at once: they have one length, of which `lengths` need not tell."""
+    def attend(self, q: Array, own: KV, past: Any, lengths: Sequence[int], mask: Mask) -> Array:
+        """All rows of a batch at once: `past`, a `Past`, counts them, and they have one length."""
         (H, N, C), (G, B) = q.shape, (len(own[0]), past.rows)
         L = N // B
         k, v = (x.reshape(G, B, L, C) for x in own)

@@ -10,7 +10,7 @@ One launch serves the rows of a pass, whatever their lengths. It finds each row'
 memory: addresses and sizes of the pieces in which contexts hold it. So nothing is joined or copied, and a
 recorded launch reads any contexts of as many rows. The price: no gradients.
 
-    N queries of all rows  L of one row  C head size  H heads  G KV heads  Z splits of keys  W width of a table
+    N queries of all rows  L of one row  C head size  H heads  G KV heads  Z splits  W width of a table
 """
 # Parameters of kernels are Triton's own types, which no annotation names.
 # mypy: disable-error-code="no-untyped-def"
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dgemma.network.context import Pieces
 from dgemma.network.ops import KV, Mask, Past
 
 from .launch import interpreted, kernel, load, power_of_two, processors
@@ -124,23 +125,32 @@ def table(layers: Sequence[Sequence[Past]], lengths: Sequence[int], device: torc
     first = [stop - n for stop, n in zip(accumulate(lengths), lengths, strict=True)]
     for layer, rows in zip(layers, found, strict=True):
         for b, pieces in enumerate(layer):
-            numbers, end = [len(pieces), first[b], 0, lengths[b]], 0
-            for k, v in pieces:
-                numbers += _entry(k, v, end)
-                end += k.shape[1]
-            numbers += [0, 0, end + lengths[b], 0]
+            entries = _entries(pieces)
+            end = entries[-2] if pieces else 0
+            numbers = [len(pieces), first[b], 0, lengths[b], *entries, 0, 0, end + lengths[b], 0]
             rows[b, : len(numbers)] = numbers
     return torch.from_numpy(found).to(device)
 
 
+def _entries(pieces: Past) -> list[int]:
+    """The numbers of all pieces, which a context's own pieces keep: it is read at every step of a canvas."""
+    found: list[int] | None = getattr(pieces, "note", None)
+    if found is None:
+        found, end = [], 0
+        for k, v in pieces:
+            found += _entry(k, v, end)
+            end += k.shape[1]
+        if isinstance(pieces, Pieces):
+            pieces.note = found
+    return found
+
+
 def _entry(k: Tensor, v: Tensor, start: int) -> list[int]:
     """The numbers of a piece that begins with token `start` of its row."""
-    (G, n, C), step = k.shape, k.stride(0)
-    for x in (k, v):
-        lies = all(size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), (step, C, 1), strict=True))
-        assert lies and x.shape == k.shape, (x.shape, x.stride(), step)
-    before = start * C * k.element_size()
-    return [k.data_ptr() - before, v.data_ptr() - before, start + n, step]
+    (_, n, C), steps = k.shape, k.stride()
+    assert v.stride() == steps and steps[1:] == (C, 1), (steps, v.stride())
+    before = start * C * k.itemsize
+    return [k.data_ptr() - before, v.data_ptr() - before, start + n, steps[0]]
 
 
 def attend(
@@ -148,10 +158,10 @@ def attend(
 ) -> Tensor:
     """`Ops.attend` of q [H, N, C] over the pasts in a layer of `table` [rows, W], then own [G, N, C].
 
-    All are of one type, C a power of two from 16 on. The result [H, N, C] lies as [N, H, C] does, which is how
-    the output projection reads it. Programs are for the longest of `lengths`, and shorter rows leave some
-    idle. `splits` None is chosen from the rows' own lengths and the window: no past's length is known here, as
-    a recorded launch serves all of them.
+    All are of one type, C a power of two from 16 on. The result [H, N, C] lies as [N, H, C] does, which is
+    how the output projection reads it. Programs are for the longest of `lengths`; shorter rows leave some
+    idle. `splits` None is chosen from the rows' own lengths and the window. No past's length is known here,
+    as a recorded launch serves all of them, so that short contexts on full layers are split as well.
     """
     load()
     H, N, C = q.shape

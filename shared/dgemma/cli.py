@@ -23,6 +23,7 @@ from dgemma.commands.streams import answer
 # By name: module and command, and the line in the list.
 COMMANDS = {
     "bench": ("dgemma_cuda.command:bench", "Time a denoising step at full size, without a download."),
+    "chat": ("dgemma.commands.chat:chat", "Talk with the model, turn by turn."),
     "convert": ("dgemma_convert.command:convert", "Convert a checkpoint to another format."),
     "generate": (
         "dgemma.commands.generate:generate",

@@ -14,12 +14,13 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from dgemma.engine.engine import Engine, Limits
+from dgemma.engine.engine import MAX_ROWS, Engine, Limits
 from dgemma.engine.events import Event
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
 from dgemma.network.config import Config
 from dgemma.network.context import Context
+from dgemma.network.memory import forms_of, room
 from dgemma.network.ops import Ops
 from dgemma.network.runner import Runner
 from dgemma.network.weights import Weights
@@ -77,6 +78,7 @@ class Model(Runner):
         control_tokens: bool = False,
         stop: Sequence[str] = (),
         deadline: float | None = None,
+        max_rows: int | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Event]:
         """Replies to one prompt or a batch, as events; every row ends with a `Done`.
@@ -87,15 +89,22 @@ class Model(Runner):
         override the checkpoint's `GenerationConfig` by field name, within `dgemma.settings.RANGES`. A missing
         `seed` is drawn and reported. `row_ids` key each row's noise; they and the seed have 64 bits. The
         default id follows from the prompt itself, so that a row draws the same noise alone and in a batch.
-        A reply ends before the first of the texts in `stop`, and after `deadline` seconds. Closing the
-        iterator stops within a step. PromptError and ConfigError come before the first event.
+        A reply ends before the first of the texts in `stop`, and after `deadline` seconds. At most `max_rows`
+        run together, by default all. Closing the iterator stops within a step. PromptError and ConfigError
+        come before the first event.
         """
         config = self.generation.override(**settings)
         return generate(
             self, self._tokenizer, config, prompt, tools, thinking, seed, row_ids,
-            continue_final_message, control_tokens, stop, deadline,
+            continue_final_message, control_tokens, stop, deadline, max_rows,
         )  # fmt: skip
 
     def engine(self, **limits: Unpack[Limits]) -> Engine:
-        """An engine on this model: it takes requests at any time, from any thread. See `Engine`."""
+        """An engine on this model: it takes requests at any time, from any thread. See `Engine`.
+
+        Without `memory` its rows may take what is free now: see `dgemma.network.memory.room`.
+        """
+        if "memory" not in limits:
+            forms = forms_of(self.config, self.weights)
+            limits["memory"] = room(self.ops, self.config, limits.get("max_rows", MAX_ROWS), forms)
         return Engine(self, self._tokenizer, **limits)

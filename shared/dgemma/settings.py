@@ -47,6 +47,7 @@ RANGES: dict[str, Range] = {
     "max_new_tokens": Range(1, MAX_SIZE, whole=True),
     "soft_bound": Range(0, 1, open_most=True),
     "deadline": Range(0, 1_000_000_000, open_least=True),
+    "max_rows": Range(1, 4096, whole=True),
     "seed": Range(0, 2**64 - 1, whole=True),
     "row_ids": Range(0, 2**64 - 1, whole=True),
 }

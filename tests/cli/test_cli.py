@@ -18,14 +18,14 @@ from rich.console import Console
 
 import dgemma
 from dgemma.cli import main
-from dgemma.commands.generate import print_reply
 from dgemma.commands.progress import progress_bar
+from dgemma.commands.replies import print_reply
 from dgemma.engine.events import Done, Stats
 from dgemma.text.calls import ToolCall
 from dgemma.text.reply import Unread
 
 ROOT = Path(__file__).parents[2]
-FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub")
+FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "triton", "jax", "huggingface_hub", "prompt_toolkit")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
 STATS = Stats(5, 0, 4, 1.0, 0.0, 0.5, 0.1, 4.0, 1, 3, 3.0, 1.3, 10.0, 0, 1, "numpy")
 SHORT = ["--max-tokens", "20", "--steps", "3", "--backend", "numpy"]
@@ -60,7 +60,11 @@ def python(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "args",
-    [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "info", "verify", "convert"))],
+    [
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("generate", "chat", "info", "verify", "convert")),
+    ],
 )
 def test_help_imports_no_framework(args: Sequence[str]) -> None:
     program = f"""
@@ -210,6 +214,25 @@ def test_stop_texts(tmp_path: Path) -> None:
     for stop in (5, ["a", 5], {"a": 1}):
         result = call(*args, "--messages", write(tmp_path, asked | {"stop": stop}))
         assert_one_line(result, 1, "'stop' must be a text or a list of texts")
+
+
+def test_rows_that_run_together() -> None:
+    """Fewer at a time give the same replies, in the order of the prompts."""
+    args = (
+        "generate",
+        "--backend",
+        "numpy",
+        "--seed",
+        "0",
+        "--json",
+        'Reverse "abc".',
+        "What is 1 + 2?",
+        "x",
+    )
+    replies = [call(*args, "--max-rows", str(rows)).stdout.splitlines() for rows in (8, 2, 1)]
+    found = [[json.loads(line)["token_ids"] for line in lines] for lines in replies]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
+    assert_one_line(call(*args, "--max-rows", "0"), 2, "--max-rows")
 
 
 def test_a_deadline() -> None:
@@ -442,7 +465,7 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*args: Any, **options: Any) -> None:
         raise AssertionError("ours")
 
-    monkeypatch.setattr("dgemma.commands.generate.load", broken)
+    monkeypatch.setattr("dgemma.commands.opened.load", broken)
     with pytest.raises(AssertionError, match="ours"):
         call("generate", "--prompt", "a")
 
@@ -454,7 +477,7 @@ def test_running_out_of_memory_is_one_line(error: Exception, monkeypatch: pytest
     def broken(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("dgemma.commands.generate.load", broken)
+    monkeypatch.setattr("dgemma.commands.opened.load", broken)
     assert_one_line(call("generate", "--prompt", "a"), 1, "out of memory")
 
 

@@ -47,7 +47,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRe
         raise AssertionError("a model was loaded before the command line was checked")
 
     if "model" not in request.fixturenames:
-        monkeypatch.setattr("dgemma.commands.generate.load", load)
+        monkeypatch.setattr("dgemma.commands.opened.load", load)
 
 
 def call(*args: str, stdin: str | bytes = "") -> Result:
@@ -147,7 +147,7 @@ def test_text_that_is_no_utf8(args: list[str], text: str) -> None:
 def test_names_of_files_in_errors(
     args: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dgemma.commands.generate.load", dgemma.load)
+    monkeypatch.setattr("dgemma.commands.opened.load", dgemma.load)
     monkeypatch.chdir(tmp_path)
     result = call(*(arg.replace("{}", name) for arg in args))
     assert (result.exit_code, result.stdout) == (1, "")

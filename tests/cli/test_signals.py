@@ -6,7 +6,6 @@ its terminal shows something.
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -17,11 +16,7 @@ from pathlib import Path
 
 import pytest
 
-pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
-ENDS = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "terminated"), "SIGHUP": (129, "hung up")}
-SHOW, HIDE = b"\x1b[?25h", b"\x1b[?25l"
+from tests.cli.terminals import ENDS, ENVIRONMENT, HIDE, SHOW, Terminal, listen
 
 # Sends itself a signal when a module is first looked for.
 AT_IMPORT = """
@@ -46,14 +41,6 @@ info.callback = callback
 from dgemma.__main__ import main
 main()
 """
-
-
-def listen(*ignored: signal.Signals) -> None:
-    """Whoever runs the tests in the background may have had signals ignored, which is inherited."""
-    for name in ENDS:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def program(
@@ -197,54 +184,6 @@ main()
 
 
 # ---- on a terminal ------------------------------------------------------------------------------
-
-
-class Terminal:
-    """A command on a pseudo-terminal, and all that it wrote there."""
-
-    def __init__(self, args: Sequence[str]):
-        self._side, other = pty.openpty()
-        self.output = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "dgemma", *args],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=ENVIRONMENT,
-            preexec_fn=listen,
-            process_group=0,
-        )
-        os.close(other)
-
-    def read(self, seconds: float = 0.05) -> None:
-        if select.select([self._side], [], [], seconds)[0]:
-            try:
-                self.output += os.read(self._side, 1 << 16)
-            except OSError:  # Linux, when the last writer has gone
-                time.sleep(seconds)
-
-    def wait_for(self, part: bytes, start: int = 0) -> None:
-        end = time.monotonic() + 60
-        while part not in self.output[start:]:
-            assert time.monotonic() < end and self.process.poll() is None, self.output[-500:]
-            self.read()
-
-    def code(self) -> int:
-        end = time.monotonic() + 60
-        while self.process.poll() is None and time.monotonic() < end:
-            self.read()
-        code = self.process.wait(timeout=1)
-        self.read()
-        return code
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._side)
-
-    @property
-    def cursor(self) -> bool:
-        return self.output.rfind(SHOW) >= self.output.rfind(HIDE)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import dgemma_cuda
 from dgemma.cli import main
 from dgemma.commands import process, streams
 from dgemma.commands.errors import OneLine
-from dgemma.commands.generate import print_reply
+from dgemma.commands.replies import print_reply
 from dgemma.engine.events import Done, Stats
 from dgemma.text.calls import ToolCall
 
@@ -200,7 +200,7 @@ def test_a_closed_stdout_is_found_before_the_work(model: Path, monkeypatch: pyte
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded for nothing")
 
-    monkeypatch.setattr("dgemma.commands.generate.load", load)
+    monkeypatch.setattr("dgemma.commands.opened.load", load)
     monkeypatch.setattr(sys, "stdout", None)
     assert code_of([*SHORT, "a"]) == 1
 

@@ -26,7 +26,7 @@ TINY = read_config(load_json(MODEL_DIR / "config.json"))
 @pytest.mark.parametrize("form", ["nvfp4", "fp8", "bf16"])
 def test_random_weights_compute_ordinary_numbers(form: str) -> None:
     made = bench.prepare(CudaOps(), TINY, form, context=70, rows=2, skew=0.5)
-    logits = made.model.logits(made.context, made.canvas)
+    logits = made.model.logits(made.contexts, made.canvas)
     assert np.isfinite(logits).all()
     assert 0.1 < logits.std() < 10
     experts = made.model.weights.layers[0].experts.gate_up

@@ -8,7 +8,7 @@ with the kernels' code, about half a gigabyte, and what PyTorch's allocator keep
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import finalize
 
@@ -18,6 +18,7 @@ from dgemma.files import load_json
 from dgemma.formats.quantized import NVFP4, Form
 from dgemma.network import graph
 from dgemma.network.config import LayerConfig, read_config
+from dgemma.network.context import Context
 from dgemma.network.memory import FORMATS, kv_bytes
 from dgemma.network.runner import PREFILL_CHUNK
 from dgemma.released import RELEASED_DIR
@@ -31,8 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from dgemma_cuda import bench  # noqa: E402
-from dgemma_cuda.cache import BucketCache, bucket  # noqa: E402
-from dgemma_cuda.graphs import Followed, Recording  # noqa: E402
+from dgemma_cuda.graphs import Recording  # noqa: E402
 from dgemma_cuda.kernels import attention, device, layout, vocabulary  # noqa: E402
 from dgemma_cuda.ops import CudaOps  # noqa: E402
 from dgemma_cuda.synthetic import random_weights  # noqa: E402
@@ -103,7 +103,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOps]:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(layout, "CHUNK", 1 << 40)  # temporaries cost nothing here, and loops do
     layout._tables()  # kept by the module: not as fake ones
-    monkeypatch.setattr(Followed, "take", lambda self, context: None)  # there are no addresses
+    monkeypatch.setattr(attention, "_entry", lambda k, v, start: [0] * 4)  # there are no addresses
     ops = CudaOps(dtype=torch.bfloat16, kernels=True)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         yield ops
@@ -111,71 +111,83 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaOps]:
 
 def keys_and_values(slots: Callable[[LayerConfig], int]) -> list[tuple[Any, Any]]:
     """Of one row, with so many slots in a layer."""
-    shapes = [(1, layer.kv_heads, slots(layer), layer.head_dim) for layer in CONFIG.layers]
+    shapes = [(layer.kv_heads, slots(layer), layer.head_dim) for layer in CONFIG.layers]
     return [
         (torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16))
         for shape in shapes
     ]
 
 
-def past(slots: int) -> list[tuple[Any, Any]]:
-    """A context as a step is given it."""
-    return keys_and_values(lambda layer: min(slots, layer.window - 1) if layer.window else slots)
+def grown(ops: CudaOps, tokens: int) -> Context:
+    """A context that has grown canvas by canvas."""
+    context = Context(ops, CONFIG)
+    for _ in range(tokens // CONFIG.canvas_length):
+        context.append(keys_and_values(lambda layer: CONFIG.canvas_length))
+    return context
 
 
-def step_inputs() -> tuple[Any, ...]:
-    """A conditioned step's: canvas, its soft embedding, offset, temperature, uniforms."""
-    L, D = CONFIG.canvas_length, CONFIG.hidden_size
-    canvas, soft = torch.zeros((1, L), dtype=torch.int64), torch.empty((1, L, D), dtype=torch.bfloat16)
-    return canvas, soft, torch.zeros(1, dtype=torch.int64), torch.ones(()), torch.empty((1, L))
+def pasts(ops: CudaOps, contexts: Sequence[Context], length: int) -> Any:
+    """What passes over rows of so many tokens read of contexts."""
+    by_row = [context.read() for context in contexts]
+    return ops.pasts([list(layer) for layer in zip(*by_row, strict=True)], [length] * len(contexts))
 
 
-def step_bytes(ops: CudaOps, weights: Any, context: list[tuple[Any, Any]]) -> int:
-    """What a conditioned step of one canvas holds at most, beside its arguments."""
-    canvas, soft, offset, heat, uniforms = step_inputs()
+def step_inputs(ops: CudaOps, contexts: Sequence[Context]) -> tuple[Any, ...]:
+    """A step's arguments: canvas, soft embedding, positions, contexts, temperature, uniforms."""
+    L, D, B = CONFIG.canvas_length, CONFIG.hidden_size, len(contexts)
+    canvas, soft = torch.zeros((B, L), dtype=torch.int64), torch.empty((B, L, D), dtype=torch.bfloat16)
+    positions, draw = torch.zeros(B * L, dtype=torch.int64), (torch.ones(B * L), torch.empty(B * L))
+    return canvas, soft, positions, pasts(ops, contexts, L), *draw
+
+
+def step_bytes(ops: CudaOps, weights: Any, contexts: Sequence[Context]) -> int:
+    """What a step of a canvas a row holds at most, beside its arguments."""
+    inputs = step_inputs(ops, contexts)
     with Live() as live:
-        graph.step(ops, CONFIG, weights, canvas, soft, offset, context, heat, uniforms, ragged=True)
+        graph.step(ops, CONFIG, weights, *inputs)
     return live.peak
 
 
-def prefill_bytes(ops: CudaOps, weights: Any, context: list[tuple[Any, Any]]) -> int:
+def prefill_bytes(ops: CudaOps, weights: Any, context: Context) -> int:
     """The same of a pass over a prompt's next tokens, with their keys and values."""
-    tokens, offset = torch.zeros((1, PREFILL_CHUNK), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    tokens, positions = (torch.zeros(PREFILL_CHUNK, dtype=torch.int64) for _ in range(2))
+    past = pasts(ops, [context], PREFILL_CHUNK)
     with Live() as live:
-        graph.encode(ops, CONFIG, weights, tokens, offset, context, ragged=True)
+        graph.encode(ops, CONFIG, weights, [tokens], positions, past)
     return live.peak
 
 
-def cache_bytes(ops: CudaOps, tokens: int) -> tuple[int, int]:
-    """Of a context: what its cache holds, and how much more while a canvas is added to it."""
-    cache, L = BucketCache(ops, CONFIG), CONFIG.canvas_length
+def context_bytes(ops: CudaOps, tokens: int) -> tuple[int, int]:
+    """Of a context: what it holds, and how much more while a canvas is added to it."""
     with Live() as live:
-        for _ in range(tokens // L):
-            cache.append(keys_and_values(lambda layer: L))
+        context = grown(ops, tokens)
         held, live.peak = live.now, 0
-        cache.append(keys_and_values(lambda layer: L))
+        context.append(keys_and_values(lambda layer: CONFIG.canvas_length))
     return held, live.peak - held
 
 
-def recording_bytes(context: list[tuple[Any, Any]]) -> int:
-    """What a recording of a conditioned step reads, beside its context."""
+def recording_bytes(ops: CudaOps, contexts: Sequence[Context]) -> int:
+    """What a recording of a step reads, beside its contexts."""
+    inputs = step_inputs(ops, contexts)
     with Live() as live:
-        kept = Recording(lambda *args: (), (*step_inputs(), context), lambda run: (lambda: None, run()))
+        kept = Recording(lambda *args: (), inputs, lambda run: (lambda: None, run()))
         assert len(kept.inputs) == 6
         return live.now
 
 
 def needed(ops: CudaOps, forms: Mapping[str, Form], tokens: int) -> dict[str, int]:
     """Bytes by part, of one row with so many tokens of context."""
-    weights, context = random_weights(ops, CONFIG, forms, 0.0, 0), past(bucket(tokens))
-    held, more = cache_bytes(ops, tokens)
+    weights, context = random_weights(ops, CONFIG, forms, 0.0, 0), grown(ops, tokens)
+    held, more = context_bytes(ops, tokens)
     parts = {
         "weights": sum(bench.stored_bytes(w) for w in bench._leaves(weights)),
-        "cache": held,
-        "what a recording reads": recording_bytes(context),
-        "a recording of a step": step_bytes(ops, weights, context),
+        "context": held,
+        "what a recording reads": recording_bytes(ops, [context]),
+        "a recording of a step": step_bytes(ops, weights, [context]),
         # Both are there besides: what recordings write in is theirs for good.
-        "a pass, or a canvas's commit": max(prefill_bytes(ops, weights, past(tokens - PREFILL_CHUNK)), more),
+        "a pass, or a canvas's commit": max(
+            prefill_bytes(ops, weights, grown(ops, tokens - PREFILL_CHUNK)), more
+        ),
     }
     lines = {**parts, "in all": sum(parts.values())}
     print("\n".join(f"{name:36}{amount(n):>10}" for name, n in lines.items()))
@@ -189,38 +201,47 @@ def test_nvfp4_with_dense_linears_runs_in_18_gb(ops: CudaOps) -> None:
 
 
 def test_nvfp4_experts_alone_run_in_18_gib(ops: CudaOps) -> None:
-    """Of 10^9 bytes, by 0.43: weights and cache are above it by themselves. Of 2^30 it takes 17.2.
+    """Of 10^9 bytes, by 0.43: weights and context are above it by themselves. Of 2^30 it takes 17.2.
 
     Attention in NVFP4, too, is 1.6 GB less.
     """
     parts = needed(ops, {"experts": NVFP4}, 4096)
-    assert parts["weights"] + parts["cache"] > 18.0e9
+    assert parts["weights"] + parts["context"] > 18.0e9
     assert sum(parts.values()) < 18.5e9 < 17.25 * 2**30
     assert sum(needed(ops, {"experts": NVFP4, "attention": NVFP4}, 4096).values()) < 16.9e9
 
 
 def test_the_plane_of_logits_in_blocks(ops: CudaOps) -> None:
     """Half the rows at a time are 67 MB less, for 3 GB that are read more a step: not worth it."""
-    weights, context = random_weights(ops, CONFIG, {"experts": NVFP4}, 0.0, 0), past(4096)
-    whole = step_bytes(ops, weights, context)
+    weights, contexts = random_weights(ops, CONFIG, {"experts": NVFP4}, 0.0, 0), [grown(ops, 4096)]
+    whole = step_bytes(ops, weights, contexts)
     plane = 2 * CONFIG.canvas_length * CONFIG.vocab_size
     assert plane < whole < plane + 50e6
     ops.kernel_rows = CONFIG.canvas_length // 2
-    halves = step_bytes(ops, weights, context)
+    halves = step_bytes(ops, weights, contexts)
     assert 0.9 * plane / 2 < whole - halves <= plane / 2
     assert 2 * weights.embed.nbytes > 2.9e9  # head and soft embedding read the table once more each
 
 
-def test_a_cache_holds_what_its_tokens_need(ops: CudaOps) -> None:
-    """Rounded up to a bucket on full layers, and once: no recording has a copy, and a commit of one layer."""
+def test_a_context_holds_what_its_tokens_need(ops: CudaOps) -> None:
+    """And once: no recording has a copy, and a commit copies one layer's last piece."""
     canvas = CONFIG.canvas_length
-    for tokens in (1024, 4096, 4352, 32768):
-        held, more = cache_bytes(ops, tokens)
-        assert held == kv_bytes(CONFIG, FORMATS[0], bucket(tokens))
-        grown = kv_bytes(CONFIG, FORMATS[0], bucket(tokens + canvas)) - held
-        layer = max(2 * k.nbytes for k, _ in past(bucket(tokens + canvas)))
-        assert more < grown + kv_bytes(CONFIG, FORMATS[0], canvas) + 2 * layer
-    assert recording_bytes(past(4096)) < 2e6
+    for tokens in (1024, 4096, 8448):
+        held, more = context_bytes(ops, tokens)
+        assert held == kv_bytes(CONFIG, FORMATS[0], tokens)
+        new = kv_bytes(CONFIG, FORMATS[0], canvas) * 2  # the arguments, and where they go
+        pieces = [layer.past + canvas if layer.past else ops.piece_slots for layer in CONFIG.layers]
+        sizes = [4 * x.kv_heads * x.head_dim * n for x, n in zip(CONFIG.layers, pieces, strict=True)]
+        assert more <= new + max(sizes)
+    assert recording_bytes(ops, [grown(ops, 4096)]) < 2e6
+    # Turns that follow one prompt hold their own tokens, and the window on sliding layers.
+    with Live() as live:
+        prompt = grown(ops, 4096)
+        before, turns = live.now, [prompt.fork() for _ in range(4)]
+        for turn in turns:
+            turn.append(keys_and_values(lambda layer: canvas))
+        window = sum(n for n, layer in zip(sizes, CONFIG.layers, strict=True) if layer.past)
+        assert live.now - before <= 4 * (window + kv_bytes(CONFIG, FORMATS[0], canvas))
 
 
 def test_what_is_counted() -> None:

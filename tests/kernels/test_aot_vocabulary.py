@@ -113,12 +113,14 @@ def compiled(case: Case, capability: int, folder: Path) -> dict[str, Any]:
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", said)
     assert found, said
     registers, stack, local = map(int, found.groups())
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (\w+)", binary.asm["ptx"])
     return {
         "kernel": name,
         "sm": capability,
         "registers": registers,
         "spilled": stack + local,
         "shared": binary.metadata.shared,
+        "copies": sorted({int(size, 16) for size in copies}),
     }
 
 
@@ -141,13 +143,16 @@ def test_every_configuration_fits_every_architecture() -> None:
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 38 * len(LIMITS)
+    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 18 * len(LIMITS)
     bad = [
         line
         for line in lines
         if line["spilled"] or line["shared"] > LIMITS[line["sm"]] * 1024 or line["registers"] > 255
     ]
     assert not bad, "\n".join(map(str, bad))
+    # An address that is read from a table is aligned only if the kernel says so.
+    narrow = [line for line in lines if line["kernel"].startswith("_attend") and line["copies"] != [16]]
+    assert not narrow, "\n".join(map(str, narrow))
 
 
 if __name__ == "__main__":

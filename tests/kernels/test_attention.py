@@ -1,4 +1,4 @@
-"""Attention by kernel against the composite in float64: rows with pasts in pieces, groups of heads, splits."""
+"""Attention by kernel against the composite in float64: rows, pasts in pieces, groups of heads, splits."""
 
 from __future__ import annotations
 

@@ -207,3 +207,22 @@ def test_no_array_is_large(steps: dict[bool, Count]) -> None:
 def test_the_table_is_read_twice(form: str) -> None:
     row = counted("dgemma-mlx+gather", 1024, form)
     assert row["table_reads"] == pytest.approx(2)
+
+
+# ---- rows that share a step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_row_more_launches_its_attention_only(form: str) -> None:
+    """A copy of its q, two products each over past and canvas, a softmax, and its part of what is joined."""
+    two, three = (ours(9, form, EVERY, small(), rows).count()[0] for rows in (2, 3))
+    layers = len(read_config(small()).layers)
+    assert three.launches - two.launches == {"kernel": layers, "product": 4 * layers, "copy": 2 * layers}
+    assert three.table_read == two.table_read
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rows_share_the_weights(form: str) -> None:
+    one, two = (counted("dgemma-mlx+gather", 1024, form, rows) for rows in (1, 2))
+    assert two["flops"] == pytest.approx(2 * one["flops"], rel=1e-3)
+    assert two["bytes_read_a_token"] < 0.65 * one["bytes_read_a_token"]

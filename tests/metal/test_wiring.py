@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import dgemma
 from benchmarks.tiny import evaluate, tasks
 from dgemma.model import Model
 from dgemma.network.runner import Runner
-from dgemma_mlx import verdict
+from dgemma_mlx import arrays, verdict
 from dgemma_mlx.ops import MlxOps
 from tests.compare import Heard, close
 from tests.graph.test_backends_agree import config, place
@@ -149,6 +150,22 @@ def test_a_gpu_runs_what_its_verdict_allows() -> None:
     assert on == ALL - {"gather", "attend"} and "attend" in sentence and "gather" not in sentence
     verdict.write(dict.fromkeys(verdict.KERNELS))
     assert made() == (ALL, [])
+
+
+def test_only_a_pass_of_one_row_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX keeps every trace: their number has a bound, and rows at different canvases would need many."""
+    monkeypatch.setattr(arrays, "TRACES", 2)
+    ops, ran = MlxOps(kernels=frozenset(), on_gpu=True), Counter[int]()
+
+    def run(rows: mx.array, past: mx.array) -> mx.array:
+        ran[len(rows)] += 1
+        return rows + past
+
+    compiled = ops.compile(run)
+    for length in (1, 2, 3, 3, 1):  # the third begins anew
+        for rows in (1, 2):
+            compiled(mx.ones((rows, length)), mx.ones(length))
+    assert ran == {1: 4, 2: 5}
 
 
 @pytest.mark.parametrize("change", ["chip", "mlx", "kernels", "system"])

@@ -47,6 +47,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in _SIGNS)
 
 
+def out_of_memory(error: BaseException) -> str:
+    """What a command says of such an exception, on one line."""
+    return f"out of memory ({first_line(error)}); {_MEMORY_ADVICE}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, at most 200 characters."""
     lines = str(error).splitlines()
@@ -109,7 +114,7 @@ class OneLine(click.Command):
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise
-            _fail(f"out of memory ({first_line(error)}); {_MEMORY_ADVICE}", 1)
+            _fail(out_of_memory(error), 1)
         sys.exit(code if isinstance(code, int) else 0)  # some commands return their exit code
 
     def _call(self, args: list[str], prog_name: str | None, complete_var: str | None, extra: Any) -> Any:

@@ -75,6 +75,34 @@ def _setting(field: str) -> click.ParamType:
 
 _JSON_FILE = click.File(encoding="utf-8")
 
+conversation_options = _options(
+    click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
+    click.option(
+        "--tools", type=_JSON_FILE, metavar="FILE", help="A JSON list of tools that the model may call."
+    ),
+    click.option(
+        "--thinking/--no-thinking",
+        default=False,
+        help="Think before answering; thoughts go to stderr.  [default: off]",
+    ),
+)
+
+ending_options = _options(
+    click.option(
+        "--stop",
+        type=Text(),
+        multiple=True,
+        metavar="TEXT",
+        help="End the reply before this text; repeatable.",
+    ),
+    click.option(
+        "--deadline",
+        type=_setting("deadline"),
+        metavar="SECONDS",
+        help="End the reply after so many seconds.",
+    ),
+)
+
 prompt_options = _options(
     click.argument("texts", type=Text(), nargs=-1, metavar="[PROMPT]..."),
     click.option(
@@ -92,15 +120,7 @@ prompt_options = _options(
         help='A conversation in JSON: a list of messages, or {"messages": […], "tools": […]}, as in '
         'a request for OpenAI\'s chat API. "-" is stdin.',
     ),
-    click.option("--system", type=Text(), metavar="TEXT", help="A system message to begin with."),
-    click.option(
-        "--tools", type=_JSON_FILE, metavar="FILE", help="A JSON list of tools that the model may call."
-    ),
-    click.option(
-        "--thinking/--no-thinking",
-        default=False,
-        help="Think before answering; thoughts go to stderr.  [default: off]",
-    ),
+    conversation_options,
     click.option(
         "--continue",
         "continue_final_message",
@@ -108,18 +128,14 @@ prompt_options = _options(
         help="Go on with the last message of the conversation, which is the beginning of the answer.",
     ),
     click.option(
-        "--stop",
-        type=Text(),
-        multiple=True,
-        metavar="TEXT",
-        help="End the reply before this text; repeatable.",
+        "--max-rows",
+        type=_setting("max_rows"),
+        default=8,
+        show_default=True,
+        metavar="N",
+        help="Prompts that run together at most; others wait.",
     ),
-    click.option(
-        "--deadline",
-        type=_setting("deadline"),
-        metavar="SECONDS",
-        help="End the reply after so many seconds.",
-    ),
+    ending_options,
     click.option(
         "--control-tokens/--no-control-tokens",
         default=False,

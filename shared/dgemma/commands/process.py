@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -78,6 +78,28 @@ def unwinding() -> Iterator[None]:
         _running = False
         if _caught is not None:
             _die()
+
+
+@contextmanager
+def interrupts(act: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C calls `act` in here and ends nothing, unless it comes again when `act` had a second."""
+    began: float | None = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal began
+        if began is not None and time.monotonic() - began > GRACE:
+            _end(number, frame)
+        began = began or time.monotonic()
+        act()
+
+    if signal.getsignal(signal.SIGINT) is not _end:  # it is ignored, or none of ours
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _end)
 
 
 def cursor_shown(shown: bool) -> None:

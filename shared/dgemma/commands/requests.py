@@ -1,10 +1,13 @@
-"""Conversations and tools from options, files and stdin."""
+"""Conversations and tools from options, files and stdin, and into files."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, NoReturn
 
@@ -53,7 +56,7 @@ def read_request(
     if messages and tools and messages.name == tools.name == "<stdin>":
         raise click.UsageError("--messages and --tools cannot both be stdin.", click.get_current_context())
     if messages:
-        request = _file(messages)
+        request = read_file(messages)
     else:
         texts = prompts or [_stdin()]
         request = Request([read_messages([{"role": "user", "content": text}]) for text in texts])
@@ -64,8 +67,14 @@ def read_request(
     conversations = request.conversations
     if system is not None:
         conversations = [_with_system(conversation, system) for conversation in conversations]
-    functions = _named(tools.name, read_tools, _json(tools)) if tools else request.tools
+    functions = read_tools_file(tools) if tools else request.tools
     return Request(conversations, functions, request.settings, request.ignored)
+
+
+def read_tools_file(file: IO[str]) -> list[dict[str, Any]]:
+    """The tools in a file; PromptError names the file and the tool."""
+    tools: list[dict[str, Any]] = _named(file.name, read_tools, _json(file))
+    return tools
 
 
 def _stdin() -> str:
@@ -74,15 +83,66 @@ def _stdin() -> str:
         sys.stdin is None or sys.stdin.closed or sys.stdin.isatty()
     ):  # None without a console, as under pythonw
         raise click.UsageError("Nothing to answer: give --prompt or --messages, or pipe a text in.", ctx)
+    text = _read(sys.stdin.read).rstrip("\n")
+    if not text.strip():
+        raise PromptError("stdin is empty; give --prompt or --messages, or pipe a text in")
+    return text.removeprefix("\ufeff")
+
+
+def read_line() -> str | None:
+    """The next line of stdin, and those after it while they end with a backslash; None at its end."""
+    lines: list[str] = []
+    while line := _read(sys.stdin.readline):
+        lines.append(line.removesuffix("\n").removesuffix("\r"))
+        if not lines[-1].endswith("\\"):
+            break
+        lines[-1] = lines[-1].removesuffix("\\")
+    return "\n".join(lines).removeprefix("\ufeff") if lines else None
+
+
+def _read(read: Callable[[], str]) -> str:
+    """What comes from stdin; PromptError if it cannot be read."""
     try:
-        text = sys.stdin.read().rstrip("\n")
+        return read()
     except UnicodeDecodeError as error:
         raise PromptError(f"stdin is not text: {error}") from None
     except OSError as error:
         raise PromptError(f"stdin is not readable: {error.strerror or error}") from None
-    if not text.strip():
-        raise PromptError("stdin is empty; give --prompt or --messages, or pipe a text in")
-    return text.removeprefix("\ufeff")
+
+
+def open_text(path: str) -> IO[str]:
+    """A file of text that a user names, to be read; PromptError if it cannot be opened."""
+    try:
+        return open(os.path.expanduser(path), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PromptError(f"{path}: cannot be read ({reason})") from None
+
+
+def write_json(path: str, data: Any) -> None:
+    """Write a file that is there whole or not at all; PromptError if it cannot be written."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    place = os.path.realpath(os.path.expanduser(path))
+    part = None
+    try:
+        if os.path.exists(place) and not os.path.isfile(place):
+            raise OSError("not a regular file")
+        with tempfile.NamedTemporaryFile(
+            "w", dir=os.path.dirname(place), encoding="utf-8", delete=False
+        ) as file:
+            part = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, place)
+    except (OSError, ValueError) as error:
+        raise PromptError(
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    finally:
+        if part:
+            with suppress(OSError):
+                os.unlink(part)
 
 
 def _json(file: IO[str]) -> Any:
@@ -98,8 +158,11 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _file(file: IO[str]) -> Request:
-    """A list of messages, or an object with "messages": a whole request for OpenAI's chat API will do."""
+def read_file(file: IO[str]) -> Request:
+    """The request in a file: a list of messages, or an object with "messages".
+
+    A whole request for OpenAI's chat API will do. PromptError names the file and the message.
+    """
     data = _json(file)
     if not isinstance(data, dict):
         return Request([_named(file.name, read_messages, data)])

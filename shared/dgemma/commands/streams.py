@@ -12,11 +12,14 @@ import os
 import sys
 from contextlib import suppress
 from math import isfinite
-from typing import Any
+from typing import IO, Any
 
 import click
 
 from dgemma.errors import DgemmaError
+
+# JSON itself escapes those below 0x20.
+_CONTROLS = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}
 
 
 def answer(text: str) -> None:
@@ -41,15 +44,22 @@ def answer(text: str) -> None:
 def answer_json(data: Any) -> None:
     """Write an object on one line to stdout, as `answer` does; where characters lack, as \\uXXXX.
 
-    A float that is no number is null, as JSON has no word for it.
+    So are those that a terminal would obey. A float that is no number is null, as JSON has no word for it.
     """
     data = _finite(data)
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).translate(_CONTROLS)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:  # half a surrogate pair, too, is no character of any encoding
         text = json.dumps(data)
     answer(text)
+
+
+def safe(text: str, stream: IO[str] | None) -> str:
+    """Text unchanged, but without control characters on a terminal, which would obey them."""
+    if stream is None or not stream.isatty():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else "\ufffd" for c in text)
 
 
 def _finite(data: Any) -> Any:

@@ -30,6 +30,9 @@ from dgemma.text.reply import ReplyParser
 from dgemma.text.tokenizer import Tokenizer
 
 
+MAX_ROWS = 8
+
+
 class Limits(TypedDict, total=False):
     """The settings of an `Engine`."""
 
@@ -75,7 +78,7 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer | None,
         *,
-        max_rows: int = 8,
+        max_rows: int = MAX_ROWS,
         memory: int | None = None,
         queue: int = 256,
         prefill: int = PREFILL_CHUNK,
@@ -201,6 +204,8 @@ class Engine:
             for event in row.extended(n, self.clock.now()):
                 handle.put(event)
             if row.ready and row.context is not None:
+                # A next turn may leave this reply's thoughts out: the prompt's state outlives the canvases'.
+                self.prefixes.refresh(row.request.prompt)
                 self.prefixes.keep(row.encoded, row.context)
 
     def _denoise(self) -> None:

@@ -43,8 +43,9 @@ class Draft:
 class Committed:
     """A row's canvas is final. `tokens` are its new ids, stop token included.
 
-    `text` and `thinking` are what it adds to the reply: those of a row's events, joined, are those of its
-    `Done`. What may still change, such as half of a character or an open tool call, comes with a later one.
+    `text`, `thinking` and `tool_calls` are what it adds to the reply: those of a row's events, joined, are
+    those of its `Done`. What may still change, such as half of a character or an open tool call, comes with a
+    later one, or, in a reply that was cancelled or had no time left, with `Done` alone.
     """
 
     row: int
@@ -52,6 +53,7 @@ class Committed:
     tokens: list[int]
     text: str
     thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ class Prefixes:
         while self.bytes > self.limit:
             self._kept.popitem(last=False)
 
+    def refresh(self, tokens: Sequence[int]) -> None:
+        """Count what is kept of exactly these tokens as used just now."""
+        key = np.asarray(tokens, np.int64).tobytes()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+
     @property
     def bytes(self) -> int:
         """Bytes of all arrays that are kept."""

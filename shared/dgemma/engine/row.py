@@ -142,7 +142,8 @@ class Row:
         self.first_token = self.first_token or now
         if reason is None:
             self.pending = tokens
-        yield Committed(self.request.row, self.canvases - 1, new, piece.text, piece.thinking), reason
+        said = piece.text, piece.thinking, piece.tool_calls
+        yield Committed(self.request.row, self.canvases - 1, new, *said), reason
 
     def _read(self, tokens: list[int], last: bool) -> Reply:
         """Take in new ids; returns what they add to the reply, and all the rest of it with the last ones."""

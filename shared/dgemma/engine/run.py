@@ -32,6 +32,7 @@ def generate(
     control_tokens: bool = False,
     stop: Sequence[str] = (),
     deadline: float | None = None,
+    max_rows: int | None = None,
 ) -> Iterator[Event]:
     """Replies to one prompt or a batch, as events: see `dgemma.model.Model.generate`.
 
@@ -57,7 +58,8 @@ def generate(
         Request(tokens, config, seed, id, stop=tuple(stop), deadline=deadline, row=row)
         for row, (id, tokens) in enumerate(zip(ids, prompts, strict=True))
     ]
-    engine = Engine(runner, tokenizer, max_rows=len(requests), queue=len(requests))
+    most = len(requests) if max_rows is None else number("max_rows", max_rows)
+    engine = Engine(runner, tokenizer, max_rows=most, queue=len(requests))
     for request in requests:
         engine.check(request)
     return events(engine, requests)

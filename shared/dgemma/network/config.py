@@ -45,7 +45,7 @@ class LayerConfig:
 
     @property
     def past(self) -> int | None:
-        """Cached slots that a pass may see: window − 1, as the window counts the query; None for all."""
+        """Tokens of a context that a pass may see: window − 1, as it counts the query; None for all."""
         return None if self.window is None else self.window - 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dgemma.formats.quantized import Form
 from dgemma.network.config import Config, LayerConfig
@@ -14,6 +15,7 @@ from dgemma.network.ops import Ops
 from dgemma.network.passes import Backend, Work, attention_bytes, backend_of, moments, slot_bytes
 from dgemma.network.runner import PREFILL_CHUNK
 from dgemma.network.spec import Param, text_parameters
+from dgemma.network.weights import Weights
 
 Forms = Mapping[str, Form | None]  # of parameters by name
 
@@ -105,6 +107,18 @@ def room(ops: Ops, config: Config, rows: int, forms: Forms = NOTHING_QUANTIZED) 
     return (
         None if free is None else max(0, int(0.9 * free) - pass_bytes(config, backend_of(ops), rows, forms))
     )
+
+
+def forms_of(config: Config, weights: Weights) -> dict[str, Form | None]:
+    """The forms of parameters by name, from loaded weights; of stacked ones only where the stack stands."""
+    forms: dict[str, Form | None] = {}
+    for param in text_parameters(config):
+        leaf: Any = weights
+        for key in param.path:
+            leaf = leaf[key] if isinstance(key, int) else getattr(leaf, key)
+        form = getattr(leaf, "form", None)
+        forms[param.name] = form if isinstance(form, Form) else None
+    return forms
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,10 @@ class TerminalScreen:
         return self
 
     def feed(self, event: Event, seconds: float) -> None:
-        """Queue an event; never waits."""
+        """Queue an event; never waits. What was cancelled is not drawn any more."""
         self._waiting.append((event, seconds))
+        if isinstance(event, Done) and event.finish_reason == "cancelled":
+            self._abort.set()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -90,7 +90,7 @@ class Runtime(Arrays):
         return layers
 
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
-        """A pure function of arrays, traced and compiled if the backend can.
+        """A pure function of arrays, the first of which has its rows, traced and compiled if the backend can.
 
         `repeats`: callers call it many times with the same shapes, so recording each pays.
         """
