@@ -53,18 +53,18 @@ def test_experts_count_as_active_by_the_share_a_token_takes(released: Config) ->
 def test_keys_and_values_by_hand(released: Config) -> None:
     # 25 sliding layers of 8 × 256, 5 full ones of 2 × 512; two arrays, two bytes.
     sliding, full = 25 * 2 * 8 * 256 * 2, 5 * 2 * 2 * 512 * 2
-    assert memory.kv_bytes(released, BF16, 100) == 100 * (sliding + full)
-    assert memory.kv_bytes(released, BF16, 100_000) == (1023 + 256) * sliding + 100_000 * full
-    assert memory.kv_bytes(released, F32, 5000) == 2 * memory.kv_bytes(released, BF16, 5000)
+    assert memory.kv_bytes(released, 2, 100) == 100 * (sliding + full)
+    assert memory.kv_bytes(released, 2, 100_000) == (1023 + 256) * sliding + 100_000 * full
+    assert memory.kv_bytes(released, 4, 5000) == 2 * memory.kv_bytes(released, 2, 5000)
     assert info.memory(released, BF16)["kv_per_1k_tokens_full"] == 1024 * full
 
 
 def test_the_vocabulary_plane_is_one_canvas_of_float32(released: Config) -> None:
     assert (
-        memory.vocabulary_bytes(released, BF16) == memory.vocabulary_bytes(released, F32) == 256 * 262_144 * 4
+        memory.vocabulary_plane(released, BF16) == memory.vocabulary_plane(released, F32) == 256 * 262_144 * 4
     )
-    assert memory.vocabulary_bytes(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
-    assert memory.vocabulary_bytes(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
+    assert memory.vocabulary_plane(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
+    assert memory.vocabulary_plane(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
 
 
 def test_contexts_end_where_the_model_does(released: Config) -> None:
@@ -82,7 +82,7 @@ def test_what_numpy_holds_is_what_is_said(tokens: int, tmp_path: Path) -> None:
     model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
     (context,) = model.encode([np.arange(tokens) % 50])
     held = sum(context.arrays().values())
-    assert held == memory.kv_bytes(checkpoint.config, F64, tokens)
+    assert held == memory.kv_bytes(checkpoint.config, 8, tokens)
     loaded = sum(param.size for param in text_parameters(checkpoint.config)) * 8
     assert memory.weight_bytes(checkpoint.config, F64) == loaded
 

@@ -29,8 +29,7 @@ from dgemma.network.runner import PREFILL_CHUNK, Runner, shares
 from dgemma.text.reply import ReplyParser
 from dgemma.text.tokenizer import Tokenizer
 
-
-MAX_ROWS = 8
+MAX_ROWS = 8  # of an engine that is not told
 
 
 class Limits(TypedDict, total=False):

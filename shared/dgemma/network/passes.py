@@ -98,11 +98,13 @@ class Work:
 
 def moments(backend: Backend, config: Config, work: Work, forms: Mapping[str, Form | None]) -> dict[str, int]:
     """Bytes of temporaries in each part of a pass, the stream and a prompt's new keys and values included."""
-    stream = _stream(backend, config, work)
+    # The residual stream with what has just been added to it, its three norms, and one for the router.
+    new = _new_keys(backend, config, work)
+    stream = new + work.tokens * config.hidden_size * (5 * backend.compute + backend.wide)
     picks = work.tokens * config.top_k * (config.hidden_size + 2 * config.expert_size)
     mlp = backend.gated * work.tokens * config.mlp_size + picks * backend.lazy
     parts = {
-        "attention": stream + max(_attention(backend, config, layer, work) for layer in set(config.layers)),
+        "attention": max(_attention(backend, config, layer, work) for layer in set(config.layers)),
         "dense MLP": stream + mlp * backend.compute,
         "experts": stream + _experts(backend, config, work.tokens),
         "decoded weights": stream + _decoded(backend, config, forms),
@@ -115,11 +117,10 @@ def slot_bytes(layer: LayerConfig, compute: int) -> int:
     return 2 * layer.kv_heads * layer.head_dim * compute
 
 
-def _stream(backend: Backend, config: Config, work: Work) -> int:
-    """The residual stream and its norms, three for the branches and one of a branch's result."""
-    width = config.hidden_size * (5 * backend.compute + backend.wide)
-    new = sum(slot_bytes(layer, backend.compute) for layer in config.layers) if work.causal else 0
-    return work.tokens * (width + new)
+def _new_keys(backend: Backend, config: Config, work: Work) -> int:
+    """Keys and values that a pass over a prompt leaves for its contexts."""
+    slots = sum(slot_bytes(layer, backend.compute) for layer in config.layers)
+    return work.tokens * slots * work.causal
 
 
 def attention_bytes(backend: Backend, config: Config, work: Work) -> int:
@@ -131,8 +132,10 @@ def _attention(backend: Backend, config: Config, layer: LayerConfig, work: Work)
     queries, keys = config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
     token = work.tokens * backend.compute
     made = token * (backend.heads * queries + 4 * keys)
+    before = _new_keys(backend, config, work) + 2 * token * config.hidden_size  # the stream, and its norm
     # Queries, keys and values of all rows, what is done of the result, and a row's own queries and result.
-    return max(made, token * (2 * queries + 2 * keys) + sum(_row(backend, config, layer, work)))
+    weighed = token * (2 * queries + 2 * keys) + sum(_row(backend, config, layer, work))
+    return before + max(made, weighed)
 
 
 def _row(backend: Backend, config: Config, layer: LayerConfig, work: Work) -> tuple[int, int]:

@@ -106,7 +106,7 @@ print(ops.peak_memory())
 
 @cache
 def bare_process(backend: str, folder: Path) -> int | None:
-    """Bytes that a process on a backend takes on this machine's CPU without weights; None if it is not here."""
+    """Bytes that a process on a backend takes on a CPU without weights; None if it is not installed."""
     device = "cpu" if backend == "cuda" else ""
     command = [sys.executable, "-c", _BARE, backend, device, str(folder)]
     path = os.pathsep.join(filter(None, sys.path))
