@@ -94,17 +94,18 @@ def table(folder: Path, rows: int, context: int) -> list[str]:
 
 @click.command()
 @click.option("--synthetic", "is_synthetic", is_flag=True, help="563 million random parameters.")
+@click.option("--model", type=click.Path(path_type=Path), default=MODEL_DIR, help="Another folder.")
 @click.option("--rows", default=2, show_default=True)
 @click.option("--context", default=512, show_default=True)
 @click.option("--one", hidden=True)
-def main(is_synthetic: bool, rows: int, context: int, one: str | None) -> None:
+def main(is_synthetic: bool, model: Path, rows: int, context: int, one: str | None) -> None:
     """Print predicted and measured peaks."""
     if one is not None:
         folder, *rest = json.loads(one)
         print(run(Path(folder), *rest))
         return
     with TemporaryDirectory() as scratch:
-        folder = make_checkpoint(Path(scratch) / "model", synthetic()) if is_synthetic else MODEL_DIR
+        folder = make_checkpoint(Path(scratch) / "model", synthetic()) if is_synthetic else model
         print("\n".join(table(folder, rows, context)))
 
 

@@ -62,8 +62,8 @@ def load(
     of NVFP4 experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives
     messages about the machine and the files; the default is the logger "dgemma". `check` is called with the
     small files before anything large is fetched or read, and may raise. DgemmaError says in one line
-    what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused
-    before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
+    what is wrong with an argument, the files or the machine. A model that exceeds all memory, with a row of a
+    small context, is refused before its weights are fetched, unless `force` is set.
     """
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of done and total, not {type(progress).__name__}")

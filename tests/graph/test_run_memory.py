@@ -55,8 +55,11 @@ def test_numpy_takes_what_is_predicted(rows: int, tokens: int) -> None:
 @pytest.mark.parametrize(("rows", "tokens"), [(2, 512), (1, 200)])
 def test_mlx_takes_what_is_predicted(rows: int, tokens: int) -> None:
     mx = pytest.importorskip("mlx.core")
+    from dgemma.network.passes import DECODED
+    from dgemma_mlx import arrays
     from dgemma_mlx.ops import MlxOps
 
+    assert DECODED == arrays.DECODED
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -15,7 +15,10 @@ from math import prod
 from dgemma.formats.quantized import Form
 from dgemma.network.config import Config, LayerConfig
 from dgemma.network.ops import Ops
-from dgemma.network.spec import text_parameters
+from dgemma.network.spec import Param, text_parameters
+
+# Bytes of float32 that MLX decodes of a stack of experts at a time, on a CPU.
+DECODED = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,12 @@ def moments(backend: Backend, config: Config, work: Work, forms: Mapping[str, Fo
     stream = new + work.tokens * config.hidden_size * (5 * backend.compute + backend.wide)
     picks = work.tokens * config.top_k * (config.hidden_size + 2 * config.expert_size)
     mlp = backend.gated * work.tokens * config.mlp_size + picks * backend.lazy
+    decoded = _decoded(backend, config, forms)
     parts = {
         "attention": max(_attention(backend, config, layer, work) for layer in set(config.layers)),
-        "dense MLP": stream + mlp * backend.compute,
+        "dense MLP": stream + mlp * backend.compute + decoded * backend.lazy,
         "experts": stream + _experts(backend, config, work.tokens),
-        "decoded weights": stream + _decoded(backend, config, forms),
+        "decoded weights": stream + decoded,
     }
     return parts if work.causal else parts | {"vocabulary": vocabulary_bytes(backend, config, work.tokens)}
 
@@ -167,20 +171,26 @@ def _experts(backend: Backend, config: Config, tokens: int) -> int:
 
 
 def _decoded(backend: Backend, config: Config, forms: Mapping[str, Form | None]) -> int:
-    """The largest matrix while its record is decoded: octets, codes apart and joined; or what is widened."""
-    most = 0
+    """What a pass makes of stored matrices: the largest; or what is lazy, all of a layer's."""
+    sizes: dict[tuple[str | int, ...], int] = {}
     for param in text_parameters(config):
-        form, size = forms.get(param.name), param.size
-        if form is not None and backend.decodes:
-            if param.group == "experts":
-                size = prod(param.shape[1:])
-            elif param.group == "embed":
-                size = min(backend.tile, param.shape[0]) * param.shape[1]
-            whole = 1 if backend.tile < 32768 else 2 + form.bits / 8  # MLX decodes in one operation
-            most = max(most, int(size * backend.decodes * whole))
-        elif backend.widens and len(param.shape) > 1 and not param.wide:
-            most = max(most, size * backend.wide)
-    return most
+        own = _decoded_bytes(backend, param, forms.get(param.name))
+        where = param.path[:2]
+        sizes[where] = sizes.get(where, 0) + own if backend.lazy else max(sizes.get(where, 0), own)
+    return max(sizes.values())
+
+
+def _decoded_bytes(backend: Backend, param: Param, form: Form | None) -> int:
+    """A matrix while its record is decoded: octets, codes apart and joined; or while it is widened."""
+    size = param.size
+    if form is None or not backend.decodes:
+        return size * backend.wide if backend.widens and len(param.shape) > 1 and not param.wide else 0
+    if param.group == "experts":  # one at a time; MLX so many outputs of all
+        size = min(size, DECODED // 4) if backend.lazy else prod(param.shape[1:])
+    elif param.group == "embed":
+        size = min(backend.tile, param.shape[0]) * param.shape[1]
+    whole = 1 if backend.lazy else 2 + form.bits / 8  # MLX decodes in one operation
+    return int(size * backend.decodes * whole)
 
 
 def vocabulary_bytes(backend: Backend, config: Config, tokens: int) -> int:
