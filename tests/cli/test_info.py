@@ -18,6 +18,7 @@ from dgemma.network.spec import text_parameters
 from dgemma.released import RELEASED_DIR
 from dgemma.reports import info
 from dgemma.reports.tables import amount
+from dgemma.tiny import MODEL_DIR
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small
@@ -136,6 +137,42 @@ def test_the_command_prints_a_report_and_json() -> None:
     report = json.loads(runner.invoke(main, ["info", str(RELEASED_DIR), "--json"]).stdout)
     assert report["memory"][0]["dtype"] == "bfloat16"
     assert report["memory"][0]["total"]["1024"] > 50e9
+
+
+def test_a_run_is_predicted_by_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a process is measured, here by a stand-in: NumPy's is known, PyTorch is not installed."""
+    monkeypatch.setattr(info, "bare_process", lambda backend, folder: {"numpy": 5_000_000}.get(backend))
+    command, runner = ["info", str(MODEL_DIR), "--context", "100", "--rows", "3"], CliRunner()
+    report = json.loads(runner.invoke(main, [*command, "--json"]).stdout)["run"]
+    assert (report["rows"], report["context"]) == (3, 100)
+    peaks = {(p["backend"], p["device"], p["dtype"]): p for p in report["peaks"]}
+    numpy, torch = peaks["numpy", "CPU", "float64"], peaks["cuda", "CPU", "float32"]
+    config = read_config(load_json(MODEL_DIR / "config.json"))
+    assert numpy["contexts"] == 3 * memory.kv_bytes(config, 8, 100) and torch["process"] is None
+    parts = ("weights", "contexts", "canvases", "temporaries", "process")
+    assert all(p["total"] == sum(p[part] or 0 for part in parts) for p in peaks.values())
+    text = runner.invoke(main, command).stdout
+    assert "peak of 3 × 100 tokens" in text and "? is the process" in text and "5.0 MB" in text
+    assert max(map(len, text.splitlines())) < 140
+    assert json.loads(runner.invoke(main, ["info", str(MODEL_DIR), "--json"]).stdout)["run"] is None
+
+
+def test_a_process_without_a_model_is_measured() -> None:
+    assert 2e7 < (info.bare_process("numpy", MODEL_DIR) or 0) < 2e8
+    assert info.bare_process("nothing", MODEL_DIR) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--rows", "2"], 2, "--rows needs --context"),
+        (["--context", "4097"], 1, "--context 4097 exceeds the 4096 positions"),
+        (["--context", "0"], 2, "--context"),
+    ],
+)
+def test_runs_that_cannot_be(options: list[str], code: int, part: str) -> None:
+    result = CliRunner().invoke(main, ["info", str(MODEL_DIR), *options])
+    assert result.exit_code == code and part in result.stderr and not result.stdout
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def pass_bytes(config: Config, backend: Backend, rows: int, forms: Forms = NOTHI
     """The widest pass of so many rows, whose prompts come one by one, without what `row_bytes` counts."""
     tokens = PREFILL_CHUNK + rows * config.canvas_length
     works = (Work(tokens, 1, 0, True), Work(rows * config.canvas_length, 1, 0, False))
-    return max(max(moments(backend, config, work, forms).values()) for work in works)
+    each = [max(moments(backend, config, work, forms).values()) for work in works]
+    return sum(each) if backend.kernels else max(each)
 
 
 def room(ops: Ops, config: Config, rows: int, forms: Forms = NOTHING_QUANTIZED) -> int | None:
@@ -125,8 +126,9 @@ def forms_of(config: Config, weights: Weights) -> dict[str, Form | None]:
 class Memory:
     """Bytes at the peak of a run, by part.
 
-    `widest` says which part of which pass has the most temporaries. `process` is what the interpreter and the
-    framework take without a model, 0 where a backend's peak is that of its arrays, None if unknown.
+    `widest` says which part of which pass has the most temporaries; of a recorded step and a pass both count.
+    `process` is what the interpreter and the framework take without a model, 0 where a backend's peak is that
+    of its arrays, None if unknown.
     """
 
     weights: int
@@ -174,9 +176,15 @@ def predict(
     )
     parts["a tensor that is loaded"] = _loading(config, backend, forms) - contexts - canvases
     widest = max(parts, key=lambda name: parts[name])
+    most = parts[widest]
+    if backend.kernels:  # what recorded steps write in is theirs for good
+        steps = {name: size for name, size in parts.items() if name.endswith("a step")}
+        others = {name: size for name, size in parts.items() if name not in steps}
+        recorded, widest = (max(some, key=lambda name: parts[name]) for some in (steps, others))
+        most, widest = parts[recorded] + parts[widest], f"{recorded}, {widest}"
     staged = _staged(config, backend, forms)
     known = None if process is None else process + staged if backend.whole_process else 0
-    return Memory(weights, contexts, canvases, parts[widest], widest, known)
+    return Memory(weights, contexts, canvases, most, widest, known)
 
 
 def vocabulary_plane(config: Config, form: Format) -> int:

@@ -50,6 +50,7 @@ class Backend:
     piece_slots: int = 1 << 30  # tokens of a piece of a context
     decodes: int = 0  # bytes of the integers by which records are decoded; 0: products read them as they are
     widens: bool = False  # whether products make float32 of whole matrices
+    kernels: bool = False  # whether experts leave two arrays, and a step is recorded with its memory
     lazy: bool = False  # whether dense MLP and experts, which are independent, exist together
     whole_process: bool = False  # whether `Ops.peak_memory` is the process's, and not that of its arrays
     staging: int = 0  # bytes of each of two buffers for uploads
@@ -69,7 +70,7 @@ BACKENDS = (
     Backend("mlx", "CPU", "bfloat16", 2, 4, 6, 3, 7, 5, 12, 12, tile=2048, gathers=32, joins="causal",
             score_bytes=2 << 20, piece_slots=24576, decodes=4, lazy=True, widens=True),
     Backend("cuda", "GPU", "bfloat16", 2, 4, 4, 0, 0, 0, 4, 0, rows=512, plane=2, joins="never",
-            piece_slots=4096),
+            piece_slots=4096, kernels=True),
     Backend("cuda", "GPU", "float32", 4, 4, 4, 3, 3, 3, 4, 4, plane=4, piece_slots=4096, decodes=4),
     Backend("cuda", "CPU", "float32", 4, 4, 4, 0, 0, 0, 4, 4, plane=4, piece_slots=4096, decodes=4,
             whole_process=True, staging=64 << 20),
@@ -162,6 +163,8 @@ def _row(backend: Backend, config: Config, layer: LayerConfig, work: Work) -> tu
 def _experts(backend: Backend, config: Config, tokens: int) -> int:
     """Rows of picks: sorted inputs with gate and up, the gated product, and the weighted sum of results."""
     D, M, rows = config.hidden_size, config.expert_size, tokens * config.top_k
+    if backend.kernels:  # gated products in tiles, of which half may be empty, and results
+        return (rows * (2 * M + D) + 2 * tokens * D) * backend.compute
     equal = backend.compute == backend.wide
     total = D * (2 * backend.compute if equal else backend.compute + 2 * backend.wide)
     # What is lazy holds the sorted inputs still, and halves of their product twice.
