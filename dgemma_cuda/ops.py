@@ -53,6 +53,7 @@ class CudaOps(Ops):
         """`kernels`: whether ours run; by default on a GPU that has them, in bfloat16."""
         super().__init__(notices)
         self.device, self.dtype = torch.device(device), dtype
+        self.on_gpu = self.device.type == "cuda"
         self.dtype_name = str(dtype).removeprefix("torch.")
         self._kernels = kernels
         self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too

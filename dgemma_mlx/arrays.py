@@ -230,6 +230,11 @@ class MlxArrays(Ops):
     def peak_memory(self) -> int:
         return mx.get_peak_memory()
 
+    def free_memory(self) -> int | None:
+        free = super().free_memory()
+        # macOS does not tell what is taken, so that at least our own arrays must be.
+        return free if free is None or not self.on_gpu else max(0, free - mx.get_active_memory())
+
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """A pass of one row is compiled as a whole; of several only what is `fused`.
 

@@ -26,7 +26,7 @@ from dgemma.commands.requests import read_line, read_tools_file
 from dgemma.commands.session import Output, Session, Wanted
 from dgemma.commands.streams import check_stdout, note
 from dgemma.engine.conversation import Conversation, user
-from dgemma.engine.engine import Engine
+from dgemma.engine.engine import Limits
 from dgemma.engine.request import check_positions
 from dgemma.errors import DgemmaError, visible
 from dgemma.loading import Small
@@ -51,6 +51,7 @@ def chat(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     live: bool | None,
     stats: bool,
@@ -82,11 +83,13 @@ def chat(
 
     console = stderr_console()
     loaded = open_model(
-        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
-    )
+        console, model, check,
+        backend=backend, dtype=dtype, device=device, activations=activations, force=force,
+    )  # fmt: skip
     typed = bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
     output = Output(model, console, is_live(live, as_json, console), as_json, stats)
-    with Engine(loaded, loaded.tokenizer, max_rows=1) as engine:
+    limits: Limits = {"max_rows": 1, "memory": None} if force else {"max_rows": 1}
+    with loaded.engine(**limits) as engine:
         wanted = Wanted(loaded.generation.override(**settings), seed, stop, deadline)
         session = Session(engine, loaded, output, conversation, wanted)
         if typed:

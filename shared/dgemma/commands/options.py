@@ -164,6 +164,7 @@ model_options = _options(
         help="Quantize what goes into experts in NVFP4, too: answers change. Blackwell only.",
     ),
     click.option("--device", metavar="NAME", help="A torch device, such as cuda:1; cuda backend only."),
+    click.option("--force", is_flag=True, help="Load a model that exceeds all memory."),
 )
 
 

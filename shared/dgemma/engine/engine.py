@@ -24,10 +24,13 @@ from dgemma.engine.row import Row
 from dgemma.engine.sampler import few
 from dgemma.errors import DgemmaError, PromptError, QueueFullError
 from dgemma.network.context import Context
-from dgemma.network.memory import format_of, row_bytes
+from dgemma.network.memory import row_bytes
+from dgemma.network.passes import backend_of
 from dgemma.network.runner import PREFILL_CHUNK, Runner, shares
 from dgemma.text.reply import ReplyParser
 from dgemma.text.tokenizer import Tokenizer
+
+MAX_ROWS = 8  # of an engine that is not told
 
 
 class Limits(TypedDict, total=False):
@@ -75,7 +78,7 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer | None,
         *,
-        max_rows: int = 8,
+        max_rows: int = MAX_ROWS,
         memory: int | None = None,
         queue: int = 256,
         prefill: int = PREFILL_CHUNK,
@@ -123,8 +126,7 @@ class Engine:
 
     def needs(self, request: Request) -> int:
         """Bytes that a request may come to take beside the weights."""
-        ops = self.runner.ops
-        return row_bytes(self.runner.config, format_of(ops.dtype_name), request.positions)
+        return row_bytes(self.runner.config, backend_of(self.runner.ops), request.positions)
 
     @property
     def running(self) -> int:
