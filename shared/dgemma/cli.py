@@ -25,10 +25,12 @@ COMMANDS = {
     "bench": ("dgemma_cuda.command:bench", "Time a denoising step at full size, without a download."),
     "chat": ("dgemma.commands.chat:chat", "Talk with the model, turn by turn."),
     "convert": ("dgemma_convert.command:convert", "Convert a checkpoint to another format."),
+    "edit": ("dgemma.commands.edit:edit", "Change a text as an instruction asks, and show the difference."),
     "generate": (
         "dgemma.commands.generate:generate",
         "Write a reply to a prompt, a batch of prompts or a conversation.",
     ),
+    "infill": ("dgemma.commands.infill:infill", "Fill the holes in a text."),
     "info": ("dgemma.commands.info:info", "Show a model's size and the memory it needs."),
     "selftest": ("dgemma.commands.selftest:selftest", "Check the kernels on this machine's GPU."),
     "verify": ("dgemma.commands.verify:verify", "Check a checkpoint, or compare two."),

@@ -9,23 +9,34 @@ B rows  L canvas positions  V vocabulary  D hidden
 
 from __future__ import annotations
 
+import secrets
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Unpack
 
 import numpy as np
 
+from dgemma.engine.edit import Edited, edit
 from dgemma.engine.engine import MAX_ROWS, Engine, Limits
 from dgemma.engine.events import Event
+from dgemma.engine.fill import ROWS, Filler, Watch
+from dgemma.engine.infill import Infilled, infill
 from dgemma.engine.run import generate
 from dgemma.engine.sampler import Step, refined
+from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.network.context import Context
 from dgemma.network.memory import forms_of, room
 from dgemma.network.ops import Ops
 from dgemma.network.runner import Runner
 from dgemma.network.weights import Weights
-from dgemma.settings import GenerationConfig, Settings
+from dgemma.settings import GenerationConfig, Settings, number
+from dgemma.text.holes import Hole, Seams, emptied, marked
+from dgemma.text.messages import is_conversation
 from dgemma.text.tokenizer import Tokenizer, needed
+from dgemma.text.wording import to_edit, to_infill
 
 
 class Model(Runner):
@@ -108,3 +119,72 @@ class Model(Runner):
             forms = forms_of(self.config, self.weights)
             limits["memory"] = room(self.ops, self.config, limits.get("max_rows", MAX_ROWS), forms)
         return Engine(self, self._tokenizer, **limits)
+
+    @cached_property
+    def seams(self) -> Seams:
+        """What the tokenizer's tokens may stand for at the edge of a hole; PromptError without a tokenizer."""
+        return Seams(self.tokenizer, self.config.vocab_size, self.generation.stop_ids)
+
+    def infill(
+        self,
+        text: str,
+        holes: Sequence[Hole] | None = None,
+        *,
+        instruction: str | None = None,
+        prompt: Sequence[Any] | None = None,
+        seed: int | None = None,
+        watch: Watch | None = None,
+        **settings: Unpack[Settings],
+    ) -> Infilled:
+        """A text with its holes filled; without `holes` they are where it has the mark `<<>>`, or `<<5>>`.
+
+        Outside the holes the text stays as it is, character by character. A hole without a length gets up to
+        `max_new_tokens`, by default a quarter of a canvas and at most three. `instruction` is the user's turn; `prompt`, a
+        conversation or token ids, is all that stands before the text, in its place. `watch(done, total, what)`
+        is told how far it is. PromptError and ConfigError in one line for what cannot be filled.
+        """
+        if holes is None:
+            text, holes = marked(text)
+        text, holes = emptied(text, holes)
+
+        def asked(rest: str) -> list[int]:
+            return self._ids(to_infill(instruction, rest) if prompt is None else prompt)
+
+        with self._filler(seed, watch, settings) as filler:
+            return infill(filler, text, holes, asked, settings.get("max_new_tokens"))
+
+    def edit(
+        self,
+        text: str,
+        instruction: str | None = None,
+        *,
+        regions: Sequence[Hole] = (),
+        prompt: Sequence[Any] | None = None,
+        seed: int | None = None,
+        watch: Watch | None = None,
+        **settings: Unpack[Settings],
+    ) -> Edited:
+        """A text changed as an instruction asks, where the model is not sure of it; the rest is pinned.
+
+        If there are `regions`, nothing outside of them changes. A hole may grow by `max_new_tokens`, by default a
+        quarter of a canvas. The other arguments are those of `infill`; `prompt` stands in the place of the
+        instruction. PromptError and ConfigError in one line for what cannot be edited.
+        """
+        if (instruction is None) == (prompt is None):
+            raise PromptError("an edit takes an instruction or a prompt, and not both")
+        ids = self._ids(to_edit(instruction or "", text) if prompt is None else prompt)
+        with self._filler(seed, watch, settings) as filler:
+            return edit(filler, text, ids, regions, settings.get("max_new_tokens"))
+
+    @contextmanager
+    def _filler(self, seed: int | None, watch: Watch | None, settings: Settings) -> Iterator[Filler]:
+        config = self.generation.override(**settings)
+        seed = secrets.randbits(63) if seed is None else number("seed", seed)
+        with Engine(self, None, max_rows=ROWS, prefixes=sys.maxsize) as engine:
+            yield Filler(engine, self.seams, config, seed, watch)
+
+    def _ids(self, prompt: Sequence[Any]) -> list[int]:
+        """Token ids of a conversation, or those that are given."""
+        if is_conversation(prompt):
+            return self.tokenizer.encode_chat(prompt)
+        return [int(token) for token in self.check_tokens(prompt)]

@@ -174,13 +174,12 @@ def number_option(name: str, kind: click.ParamType, help: str, *field: str) -> C
 
 # Options have the names of GenerationConfig's fields. The checkpoint's value holds for a missing one.
 seed_option = number_option("--seed", _setting("seed"), "Makes the reply repeatable.  [default: drawn anew]")
-sampler_options = _options(
+step_options = _options(
     click.option(
         "--speed",
         type=click.Choice(list(SPEEDS)),
         help="A set of what follows; each option wins over it. quality is the checkpoint's own.",
     ),
-    number_option("--max-tokens", _setting("max_new_tokens"), "Tokens of a reply at most.", "max_new_tokens"),
     number_option("--steps", _setting("steps"), "Denoising steps a canvas at most."),
     number_option("--entropy-bound", _setting("entropy_bound"), "Nats of doubt that one step may accept."),
     number_option("--t-max", _setting("t_max"), "Temperature that a canvas begins with."),
@@ -221,6 +220,23 @@ sampler_options = _options(
         _setting("soft_bound"),
         "Probability that a soft embedding may leave out; 0 keeps all.",
     ),
+)
+sampler_options = _options(
+    number_option("--max-tokens", _setting("max_new_tokens"), "Tokens of a reply at most.", "max_new_tokens"),
+    step_options,
+)
+
+# Those of a text with holes.
+document_options = _options(
+    seed_option,
+    number_option(
+        "--max-tokens",
+        _setting("max_new_tokens"),
+        "Tokens of a hole at most.  [default: a quarter of a canvas]",
+        "max_new_tokens",
+    ),
+    step_options,
+    click.option("--json", "as_json", is_flag=True, help="Print the text and what it took as a JSON object."),
 )
 
 

@@ -10,7 +10,8 @@ import io
 import json
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from math import isfinite
 from typing import IO, Any
 
@@ -29,9 +30,29 @@ def answer(text: str) -> None:
     full disk for example. A reader that went away (`| head -1`) ends the command quietly with exit code 1.
     """
     check_stdout()
-    out = sys.stdout
-    try:
+    with _written(sys.stdout) as out:
         out.write(_encodable(text, out) + "\n")
+
+
+def answer_exactly(text: str) -> None:
+    """Write a text to stdout in UTF-8 and nothing else: not an end of a line, and none of another kind.
+
+    A terminal gets it as a reader wants it, without what the terminal would obey. Errors are those of `answer`.
+    """
+    check_stdout()
+    if sys.stdout.isatty():
+        shown = safe(text.replace("\r\n", "\n"), sys.stdout).removesuffix("\n")
+        return answer(shown)
+    with _written(sys.stdout) as out:
+        out.flush()
+        out.buffer.write(text.encode())
+
+
+@contextmanager
+def _written(out: Any) -> Iterator[Any]:
+    """Whatever is written in here is flushed, and its failures are errors in one line."""
+    try:
+        yield out
         out.flush()
     except BrokenPipeError:
         _discard(out)

@@ -23,7 +23,8 @@ class Canvas:
 
     `pins` [L] are tokens that stand, `FREE` elsewhere. They are on the canvas at every step, count neither
     for acceptance nor for the stop, and the model's own soft embedding stays in their places.
-    `begin` [L] has tokens to start with, `FREE` where noise starts.
+    `begin` [L] has tokens to start with, `FREE` where noise starts; a whole draft that the first step confirms
+    is done.
     """
 
     settings: GenerationConfig
@@ -42,7 +43,8 @@ class Canvas:
         self.free = self.pins == FREE
         self.tokens = self.argmax = self._pinned(start)
         self.done = not self.free.any()
-        self._stop = sampler.Stop(self.settings)
+        whole = (self.begin[self.free] != FREE).all()
+        self._stop = sampler.Stop(self.settings, self.argmax if whole else None)
         self._last: deque[np.ndarray] = deque(maxlen=self.settings.majority)
 
     @property

@@ -153,6 +153,12 @@ class Engine:
                 raise
             return bool(self._rows or self._waiting)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing steps inside, so that the caller may use the model and the prefixes."""
+        with self._stepping:
+            yield
+
     def _end_early(self) -> None:
         """Let go of what was cancelled, or has no time left."""
         now = time.monotonic()

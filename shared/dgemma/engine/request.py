@@ -40,8 +40,8 @@ class Request:
     """One reply that is wanted.
 
     `prompt` has token ids. `pins` are tokens of the reply from its beginning on, `FREE` where the model
-    decides. `draft` has tokens from the beginning on that the first canvases begin with instead of noise.
-    `committed` are whole canvases of a reply that was cut off elsewhere: it goes on as it would have there,
+    decides. `draft` has tokens from the beginning on that the first canvases begin with instead of noise,
+    which still stands where it has `FREE`. `committed` are whole canvases of a reply that was cut off elsewhere: it goes on as it would have there,
     with the same seed and row id. `stop` are texts before which the reply ends. `deadline` is how many
     seconds the reply may take, waiting included. `row` is the number that its events carry.
     """
@@ -87,7 +87,7 @@ class Request:
                     f"{len(self.committed)} of {settings.max_new_tokens} tokens are committed"
                 )
         if len(self.draft):
-            runner.check_tokens(self.draft)
+            runner.check_tokens([0 if token == FREE else token for token in self.draft])
         self._check_pins(runner)
 
     def _check_pins(self, runner: Runner) -> None:

@@ -169,15 +169,14 @@ def refined(seen: Seen, noise: np.ndarray, bound: float) -> Step:
 
 
 class Stop:
-    """The stable-and-confident rule for one canvas.
+    """The stable-and-confident rule for one canvas. `last` [L] is a draft: the step before the first.
 
     With `early_stop` the canvas ends for it behind its first stop id: what lies there need not be stable, and
     counts as sure. So this is never later than the reference's rule.
     """
 
-    def __init__(self, config: GenerationConfig):
-        self.config = config
-        self._last: np.ndarray | None = None
+    def __init__(self, config: GenerationConfig, last: np.ndarray | None = None):
+        self.config, self._last = config, last
         self._same = 0  # steps before the last that had its canvas
 
     def __call__(self, argmax: np.ndarray, entropy: np.ndarray, free: np.ndarray) -> bool:

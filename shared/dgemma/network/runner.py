@@ -22,7 +22,7 @@ from dgemma.network.config import Config
 from dgemma.network.context import Context, cut
 from dgemma.network.ops import KV, Array, Bias, Ops, Prediction
 from dgemma.network.ops.few import Few, draw_few
-from dgemma.network.ops.vocabulary import logits
+from dgemma.network.ops.vocabulary import judged, logits
 from dgemma.network.weights import Weights
 
 # Canvas ids [B, L], positions [B·L], past, soft [B, L, D].
@@ -153,6 +153,26 @@ class Runner:
 
         z = self._variant(run, "logits")(*self._inputs(contexts, canvas, soft))
         return self.ops.to_numpy(z).astype(np.float32).reshape(*np.shape(canvas), -1)
+
+    def judge(
+        self, contexts: Sequence[Context], canvas: Any, tokens: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The log-probability [B, L] in nats of tokens [B, L] where canvas [B, L] stands, and the likeliest tokens.
+
+        `tokens` are by default the canvas's own. All is before temperature. The canvas is seen as it stands,
+        without self-conditioning; `contexts` are as in `see`.
+        """
+
+        def run(*given: Any) -> tuple[Array]:
+            return (self._denoise(*given),)
+
+        ops, inputs = self.ops, self._inputs(contexts, canvas, None)
+        ids = inputs[0] if tokens is None else ops.asarray(np.asarray(tokens))
+        (h,) = self._variant(run, "denoise")(*inputs)
+        logs, best = judged(ops, h, self.weights.embed, self.config.softcap, ids.reshape(-1))
+        # Ids below 2^24 are exact in float32, and one array is one host read.
+        both = ops.to_numpy(ops.concat([logs[None], ops.to_wide(best)[None]], 0))
+        return both[0].reshape(np.shape(canvas)), both[1].astype(np.int64).reshape(np.shape(canvas))
 
     def _denoise(self, canvas: Array, positions: Array, past: Any, soft: Array) -> Array:
         """A denoising pass of arrays only -> normed hidden states [B·L, D]."""

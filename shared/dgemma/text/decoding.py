@@ -36,6 +36,14 @@ class Decoder:
         # Only a first token is decoded in a way of its own, and here the anchor is the first.
         return self.text([self._anchor, *ids])[self._anchor_size :] if ids else ""
 
+    def texts_inside(self, ids: Sequence[int]) -> list[str]:
+        """`text_inside` of each id alone; thousands are decoded together."""
+        before = [] if self._anchor is None else [self._anchor]
+        known = self.known(ids)
+        texts = self._raw.decode_batch([[*before, id] for id in known], skip_special_tokens=False)
+        found = dict(zip(known, texts, strict=True))
+        return [found.get(id, "")[self._anchor_size :] for id in ids]
+
     def known(self, ids: Sequence[int]) -> list[int]:
         """The ids that the vocabulary has. A decoder passes over others, and they keep nothing apart."""
         return [id for id in ids if self._raw.id_to_token(id) is not None]
@@ -43,6 +51,11 @@ class Decoder:
     def is_blank(self, id: int) -> bool:
         """Whether an id has no text but white space."""
         return self._kind(id)[2]
+
+    def is_byte(self, id: int) -> bool:
+        """Whether an id is a byte by name, which is a character only with its neighbours."""
+        token = self._raw.id_to_token(id) or ""
+        return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def cut(self, ids: Sequence[int], start: int) -> int:
         """The last place from `start` on where ids may be cut, 0 if there is none.
@@ -64,8 +77,7 @@ class Decoder:
         """Whether an id surely begins a character, may leave one open, and is blank."""
         kind = self._kinds.get(id)
         if kind is None:
-            text, token = self.text([id]), self._raw.id_to_token(id) or ""
-            is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            text, is_byte = self.text([id]), self.is_byte(id)
             begins = not is_byte and not text.startswith(_BROKEN)
             is_open = is_byte or text.endswith(_BROKEN)
             kind = self._kinds[id] = (begins, is_open, not text.strip())

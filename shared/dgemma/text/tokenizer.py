@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text whose special tokens are written out. Nothing is added, not even BOS."""
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
         # The template has written BOS already; a second one changes the answers.
         with self._named("cannot encode this text"):
-            return self.raw.encode(text, add_special_tokens=False).ids
+            return self.raw.encode(text, add_special_tokens=False)
 
     def _encode_prompt(self, prompt: Prompt) -> list[int]:
         """Ids of a prompt: its own control tokens as such, those that a message spells as text."""
@@ -92,7 +96,7 @@ class Tokenizer:
             stop = match.start() if match else len(prompt.text)
             piece = prompt.text[end:stop].translate(plain)
             if prompt.marks and spelled.search(piece):
-                ids += self.encode(ready) + self._encode_as_text(piece, spelled)
+                ids += self.encode(ready) + self.encode_text(piece)[0]
                 ready = ""
             else:
                 ready += piece
@@ -100,28 +104,31 @@ class Tokenizer:
                 ready, end = ready + match[0], match.end()
         return ids + self.encode(ready)
 
-    def _encode_as_text(self, text: str, spelled: re.Pattern[str]) -> list[int]:
-        """Ids of text in which nothing is a control token."""
+    def encode_text(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of text in which nothing is a control token, and the characters of each, from and to.
+
+        Tokens that are bytes of one character have its place together. PromptError if the text spells a token
+        that this tokenizer cannot write in letters.
+        """
         before = self.raw.encode_special_tokens
         self.raw.encode_special_tokens = True  # special ones are text to the library then
         try:
-            ids = self.encode(text)
+            whole = self._encoding(text)
         finally:
             self.raw.encode_special_tokens = before
-        if self._control_ids.isdisjoint(ids):
-            return ids
+        if self._control_ids.isdisjoint(whole.ids):
+            return whole.ids, whole.offsets
         # A token that is not marked as special, or a vocabulary that has it as a word: it is cut in two.
-        cut, end = [], 0
-        for match in spelled.finditer(text):
-            cut.append(text[end : match.start() + 1])
-            end = match.start() + 1
-        cut.append(text[end:])
-        ids = [id for part in cut for id in self.encode(part)]
+        cuts = [0, *(match.start() + 1 for match in pattern(self.control).finditer(text)), len(text)]
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        for start, stop in pairwise(cuts):
+            part = self._encoding(text[start:stop])
+            ids += part.ids
+            places += [(start + a, start + b) for a, b in part.offsets]
         if self._control_ids.isdisjoint(ids):
-            return ids
-        raise PromptError(
-            f"{self._where}: a message spells a control token, which this tokenizer cannot write"
-        )
+            return ids, places
+        raise PromptError(f"{self._where}: a text spells a control token, which this tokenizer cannot write")
 
     @property
     def _control_ids(self) -> set[int | None]:

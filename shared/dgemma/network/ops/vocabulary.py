@@ -175,6 +175,44 @@ def plane(
     return edges, tiles
 
 
+def judged(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> tuple[Array, Array]:
+    """The log-probability [N] wide, in nats, of one token ids [N] at each of h [N, D], and the likeliest token [N].
+
+    `table` is [V, D]. One tile of logits exists at a time, of `vocab_rows` positions.
+    """
+    logs: list[Array] = []
+    best: list[Array] = []
+    for start in range(0, h.shape[0], ops.vocab_rows):
+        rows = slice(start, start + ops.vocab_rows)
+        x = ops.after(h[rows], logs[-1], best[-1]) if logs else h[rows]
+        own, first = _judged(ops, x, table, softcap, ids[rows])
+        logs.append(own)
+        best.append(first)
+    return ops.concat(logs, 0), ops.concat(best, 0)
+
+
+def _judged(
+    ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array
+) -> tuple[Array, Array]:
+    own = mass = top = argmax = None
+    for a in range(0, table.shape[0], ops.vocab_tile):
+        x = h if own is None else ops.after(h, own, mass, top, argmax)
+        z = logits(ops, x, table[a : a + ops.vocab_tile], softcap)
+        here, peak, place = ids - a, ops.max(z, -1, keepdims=True), ops.argmax(z, -1) + a
+        inside = (here >= 0) & (here < z.shape[-1])
+        found = ops.take_along(z, ops.where(inside, here, here * 0)[:, None], -1)[:, 0]
+        found = ops.where(inside, found, found * 0.0)
+        if own is None:
+            own, top, argmax = found, peak, place
+            mass = ops.sum(ops.exp(z - peak), -1, keepdims=True)
+            continue
+        argmax = ops.where((peak > top)[:, 0], place, argmax)
+        higher = ops.maximum(top, peak)
+        mass = mass * ops.exp(top - higher) + ops.sum(ops.exp(z - higher), -1, keepdims=True)
+        own, top = own + found, higher
+    return own - (top + ops.log(mass))[:, 0], argmax
+
+
 def _added(ops: Vocabulary, bias: Bias, start: int, count: int) -> Array:
     """What a bias adds to the logits [N, v] of so many tokens."""
     classes = ops.take(ops.integer(bias.classes[:, start : start + count]), bias.which)
