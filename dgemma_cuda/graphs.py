@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-# Recordings kept of a function, the least recently used dropped first. There is one a number of rows: a batch
-# of eight ends row by row.
-KEPT = 8
+# Recordings kept of a function, the least recently used dropped first. There is one a number of rows, and
+# rows come and go one by one. Each holds a soft embedding in and out, 3 MB a row of the released model.
+KEPT = 16
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]

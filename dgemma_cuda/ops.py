@@ -10,7 +10,6 @@ import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +37,7 @@ class CudaOps(Ops):
     name = "cuda"
     # Rows of the kernels' plane of logits, which is bfloat16: twice those of the definition's float32 one.
     kernel_rows = vocabulary.ROWS
-    # A piece grows by being copied: at each commit half of it on average, 80 MB read and written in the release,
+    # A piece grows by being copied: at each commit half of it on average, 80 MB of traffic in the release and
     # 0.03 % of a canvas's time. Pieces cost a kernel next to nothing, but each doubling of them a recording.
     # Four hold 16k.
     piece_slots = 4096
@@ -54,6 +53,7 @@ class CudaOps(Ops):
         """`kernels`: whether ours run; by default on a GPU that has them, in bfloat16."""
         super().__init__(notices)
         self.device, self.dtype = torch.device(device), dtype
+        self.on_gpu = self.device.type == "cuda"
         self.dtype_name = str(dtype).removeprefix("torch.")
         self._kernels = kernels
         self.w4a4 = w4a4  # experts in NVFP4 have their activations quantized, too
@@ -81,6 +81,9 @@ class CudaOps(Ops):
     @cached_property
     def staging(self) -> Staging:
         return Staging(self.device)
+
+    def asclasses(self, x: np.ndarray) -> Array:
+        return torch.as_tensor(x.astype(np.int16)).to(self.device)
 
     def integer(self, x: Array) -> Array:
         return x.int()
@@ -147,7 +150,7 @@ class CudaOps(Ops):
         return torch.argsort(x, dim=axis, stable=True)
 
     def take_along(self, x: Array, ids: Array, axis: int) -> Array:
-        return torch.take_along_dim(x, ids, axis)
+        return torch.take_along_dim(x, ids.long(), axis)
 
     def cumsum(self, x: Array, axis: int) -> Array:
         return torch.cumsum(x, axis)
@@ -296,13 +299,12 @@ class CudaOps(Ops):
         soft_bound: float = 0.0,
         bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or bias is not None or not self._has_kernel(table):
+        if softcap is None or not self._has_kernel(table):
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         if not soft_bound:
-            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms)
+            return vocabulary.vocabulary(h, table, softcap, temperature, uniforms, bias)
         sparse = vocabulary.Sparse(missing=soft_bound)
-        guess, missing = vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse)
-        return replace(guess, missing=missing)
+        return vocabulary.sparse_vocabulary(h, table, softcap, temperature, uniforms, sparse, bias)
 
     def peak_memory(self) -> int:
         return (

@@ -7,14 +7,17 @@ so where there is no GPU, and what was not checked: the test suite interprets ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dgemma.files import load_json
 from dgemma.formats.quantized import FP8, NVFP4, Form
 from dgemma.network.config import Config, read_config
-from dgemma.network.ops import Mask
+from dgemma.network.ops import Bias, Mask, Prediction
 from dgemma.network.ops.layers import top_k
 from dgemma.network.spec import Param
 from dgemma.released import RELEASED_DIR
@@ -133,22 +136,24 @@ def _attention(ops: CudaOps, config: Config, kind: str, context: int, normal: No
 
 
 def _vocabulary(ops: CudaOps, config: Config, normal: Normal) -> Iterator[Check]:
-    """Entropy and soft embedding of one canvas."""
+    """Entropy and soft embedding of one canvas; the soft embedding again with a bias."""
     D, V, N = config.hidden_size, config.vocab_size, config.canvas_length
     table, h = normal(V, D) * D**-0.5, normal(N, D)
     uniforms, heat = torch.rand(N, device=ops.device), torch.tensor(0.6, device=ops.device)
     args = (h, table, config.softcap or 30.0, heat, uniforms)  # the kernel always caps
     nbytes = 2 * table.nbytes + 3 * 2 * N * V
-    for field, bound in (("entropy", 1e-2), ("soft", 2**-5)):
-        yield _timed(
-            ops,
-            "vocabulary",
-            field,
-            bound,
-            nbytes,
-            lambda field=field: getattr(vocabulary.vocabulary(*args), field),  # type: ignore[misc]
-            lambda field=field: getattr(vocabulary.vocabulary_plain(*args), field),  # type: ignore[misc]
-        )
+    classes = ops.asclasses(np.arange(V)[None] % 3)
+    forbidden = torch.tensor([0.0, -1e30, 2.0], device=ops.device).expand(N, 3).contiguous()
+    biased = Bias(classes, torch.zeros(N, dtype=torch.int64, device=ops.device), forbidden)
+    for field, bound, bias in (("entropy", 1e-2, None), ("soft", 2**-5, None), ("soft", 2**-5, biased)):
+
+        def call(run: Callable[..., Prediction], field: str = field, bias: Bias | None = bias) -> Tensor:
+            said: Tensor = getattr(run(*args, bias), field)
+            return said
+
+        what = field if bias is None else f"{field} with a bias"
+        ours, plain = partial(call, vocabulary.vocabulary), partial(call, vocabulary.vocabulary_plain)
+        yield _timed(ops, "vocabulary", what, bound, nbytes, ours, plain)
 
 
 Progress = Callable[[str], None]

@@ -30,6 +30,8 @@ from .memory import limits
 
 # Bytes of float32 that the CPU decodes of a stack of experts at a time.
 DECODED = 8 << 20
+# Sets of shapes for which a compiled pass is kept: 1.4 MB each at the released geometry.
+TRACES = 64
 
 
 class MlxArrays(Ops):
@@ -73,6 +75,9 @@ class MlxArrays(Ops):
 
     def aswide(self, x: np.ndarray) -> Array:
         return mx.array(np.asarray(x, np.float32))
+
+    def asclasses(self, x: np.ndarray) -> Array:
+        return mx.array(x.astype(np.int16))
 
     def load(self, stored: Stored, wide: bool = False) -> Array:
         x = mx.array(stored.data)  # a copy: nothing keeps the file mapped
@@ -225,18 +230,36 @@ class MlxArrays(Ops):
     def peak_memory(self) -> int:
         return mx.get_peak_memory()
 
+    def free_memory(self) -> int | None:
+        free = super().free_memory()
+        # macOS does not tell what is taken, so that at least our own arrays must be.
+        return free if free is None or not self.on_gpu else max(0, free - mx.get_active_memory())
+
     def compile(self, fn: Callable[..., Any], repeats: bool = False) -> Callable[..., Any]:
         """A pass of one row is compiled as a whole; of several only what is `fused`.
 
-        MLX traces again for each set of shapes, and keeps every trace. Rows at different canvases have a new
-        set every few steps, and a trace takes four to ten times as long as running `fn` does.
+        MLX traces again for each set of shapes, and keeps every trace for as long as what `mx.compile` gave.
+        Rows at different canvases have a new set every few steps, and a trace takes four to seven times as
+        long as running `fn` does. A row has a new set every canvas; at most `TRACES` are kept.
         """
         if not self.on_gpu:
             return fn
-        compiled = mx.compile(fn)
+        traces = 0
+
+        def traced(*args: Any) -> Any:
+            nonlocal traces
+            traces += 1
+            return fn(*args)
+
+        compiled = mx.compile(traced)
 
         def run(rows: Any, *rest: Any) -> Any:
-            return (compiled if len(rows) == 1 else fn)(rows, *rest)
+            nonlocal compiled, traces
+            if len(rows) > 1:
+                return fn(rows, *rest)
+            if traces == TRACES:
+                compiled, traces = mx.compile(traced), 0
+            return compiled(rows, *rest)
 
         return run
 

@@ -82,12 +82,13 @@ class MlxOps(MlxArrays):
         soft_bound: float = 0.0,
         bias: Bias | None = None,
     ) -> Prediction:
-        if softcap is None or bias is not None:
+        if softcap is None:
             return super().vocabulary_rows(h, table, softcap, temperature, uniforms, soft_bound, bias)
         step = vocabulary.tile if "vocabulary" in self.kernels else vocabulary.tile_plain
+        given = self, h, table, softcap, temperature, uniforms, step
         if not soft_bound:
-            return vocabulary.vocabulary(self, h, table, softcap, temperature, uniforms, step)
-        return vocabulary.sparse_vocabulary(self, h, table, softcap, temperature, uniforms, step, soft_bound)
+            return vocabulary.vocabulary(*given, bias)
+        return vocabulary.sparse_vocabulary(*given, soft_bound, bias)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         if "rms_norm" in self.kernels:

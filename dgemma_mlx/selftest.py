@@ -21,7 +21,7 @@ from dgemma.files import load_json
 from dgemma.formats.quantized import Form, Quantized, affine
 from dgemma.network.build import rope_frequencies
 from dgemma.network.config import Config, LayerConfig, read_config
-from dgemma.network.ops import Mask
+from dgemma.network.ops import Bias, Mask
 from dgemma.network.ops.layers import rotary
 from dgemma.network.weights import AttentionWeights, BiasWeights
 from dgemma.released import RELEASED_DIR
@@ -159,12 +159,18 @@ def _vocabulary(data: Data) -> Iterator[Case]:
     table = data.normal(config.vocab_size, config.hidden_size, scale=config.hidden_size**-0.5)
     uniforms = data.ops.aswide(data.rng.random(N))
 
-    def call(ops: MlxOps, *fields: str) -> Any:
-        said = ops.vocabulary(h, table, config.softcap, mx.array(0.6), uniforms)
+    classes = data.ops.asclasses(np.arange(config.vocab_size)[None] % 3)
+    forbidden = data.ops.aswide(np.tile([0.0, -1e30, 2.0], (N, 1)))
+    biased = Bias(classes, data.ops.asarray(np.zeros(N, np.int64)), forbidden)
+
+    def call(ops: MlxOps, *fields: str, bias: Bias | None = None) -> Any:
+        said = ops.vocabulary(h, table, config.softcap, mx.array(0.6), uniforms, bias=bias)
         return tuple(getattr(said, field) for field in fields)
 
     # An argmax or a sample may rightly differ where bfloat16 makes a tie.
-    yield Case("vocabulary", "entropy, soft embedding", lambda ops: call(ops, "entropy", "soft"))
+    fields = "entropy", "soft"
+    yield Case("vocabulary", "entropy, soft embedding", lambda ops: call(ops, *fields))
+    yield Case("vocabulary", "with a bias", lambda ops: call(ops, *fields, bias=biased))
 
 
 # ---- running them -------------------------------------------------------------------------------

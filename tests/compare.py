@@ -22,6 +22,21 @@ REFERENCE = NumpyOps()
 AS_ON_GPU = "mlx-as-on-gpu"  # see tests/as_on_gpu.py
 
 
+def some_bias(rows: int, V: int, tables: int = 3, classes: int = 5) -> tuple[np.ndarray, ...]:
+    """Classes [K, V], which [N] and values [N, C] of a bias.
+
+    Row 0 forbids all tokens but one, row 1 adds nothing, others add some and forbid some.
+    """
+    rng = np.random.default_rng([rows, V])
+    kinds = rng.integers(0, classes - 1, (tables, V))
+    kinds[:, rng.integers(V)] = classes - 1  # this one has a class to itself
+    values = np.where(rng.random((rows, classes)) < 0.3, -1e30, 4 * rng.standard_normal((rows, classes)))
+    values[:, -1] = 1.0
+    values[0, :-1] = -1e30
+    values[1:2] = 0
+    return kinds, np.arange(rows) % tables, values
+
+
 def close(actual: Any, expected: Any, rtol: float, what: str, rms: float = np.inf) -> None:
     """Assert |actual − expected| ≤ rtol · max|expected| everywhere, and that nothing is inf or NaN.
 

@@ -75,6 +75,22 @@ def test_named_commands_exist(page: Path) -> None:
     assert missing + [module for module in modules if not is_module(module)] == []
 
 
+EXAMPLES = [
+    pytest.param(code, id=f"{title(page)}-{n}")
+    for page in PAGES
+    for n, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_python_examples_run(code: str) -> None:
+    """Every example stands alone, on the embedded model."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if "asyncio" in code:
+        assert done.stdout.split() == ["savnac", "132", "aeilmnrt", "cancelled"]
+
+
 def is_module(module: str) -> bool:
     """Whether `python -m MODULE` finds something, in this repository or, of one word, installed."""
     path = module.replace(".", "/")

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.launches.graph import Shape
 from benchmarks.launches.metal import Region
 from benchmarks.launches.step import Step, arrays_of, mapped, released
+from dgemma.checkpoint.presets import PRESETS
 from dgemma.formats.quantized import Form, Quantized
 from dgemma.model import Model
 from dgemma.network.build import build, constants
@@ -21,7 +22,7 @@ from dgemma.network.ops import Array, Past
 from dgemma.network.spec import Param, text_parameters
 from dgemma.network.weights import Weights
 from dgemma.settings import read_generation_config
-from dgemma_convert.recipe import MLX_PRESETS, recipe
+from dgemma_convert.recipe import recipe
 from dgemma_mlx import verdict
 from dgemma_mlx.ops import MlxOps
 
@@ -101,7 +102,7 @@ def blank_past(ops: MlxOps, config: Config, tokens: int) -> list[Past]:
 def blank_weights(ops: MlxOps, config: Config, form: str) -> Weights:
     """Weights of the released shapes, as loading would leave them."""
     table = text_parameters(config)
-    forms = recipe(MLX_PRESETS["balanced"] if form == "4bit" else {}, [], table, ["affine"])
+    forms = recipe(PRESETS["mlx"]["balanced"] if form == "4bit" else {}, [], table, ["affine"])
 
     def leaf(param: Param) -> Any:
         own = None if param.wide else forms.form(param)  # the router is decoded when it is loaded

@@ -1,9 +1,11 @@
 """Held-out evaluation of the embedded model: accuracy, tokens a forward and steps a canvas, by task.
 
     python -m benchmarks.tiny.evaluate --count 200
+    python -m benchmarks.tiny.evaluate --count 200 --speeds
 
 Only questions that training skipped are asked, with the checkpoint's own sampler. The same command
 judges any checkpoint of the tiny model, a quantized one too: steps a canvas is what quantization costs.
+The second compares the sets of settings that --speed names.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import groupby, product
+from statistics import mean
 from typing import Any
 
 import click
@@ -26,6 +30,7 @@ from dgemma.engine.events import Done
 from dgemma.errors import DgemmaError
 from dgemma.loading import load
 from dgemma.model import Model
+from dgemma.settings import SPEEDS
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Score:
     tokens_per_forward: float
     steps_per_canvas: float
     soft_dense: float  # share of soft embeddings that left nothing out
+    speed: str = "quality"
 
 
 def held_out(task: str, count: int, seed: int = 0) -> list[tasks.Example]:
@@ -76,7 +82,8 @@ def score(model: Model, task: str, count: int, seed: int = 0, batch: int = 32, *
     canvases = sum(reply.stats.canvases for reply in done)
     tokens = sum(reply.stats.tokens for reply in done)
     dense = sum(reply.stats.soft_dense * reply.stats.steps for reply in done)
-    return Score(task, count, sum(right) / count, tokens / steps, steps / canvases, dense / steps)
+    speed = settings.get("speed") or "quality"
+    return Score(task, count, sum(right) / count, tokens / steps, steps / canvases, dense / steps, speed)
 
 
 def table(scores: Iterable[Score]) -> Table:
@@ -90,6 +97,19 @@ def table(scores: Iterable[Score]) -> Table:
     return out
 
 
+def speeds_table(scores: Iterable[Score]) -> Table:
+    """A line a speed: means over tasks, then each task's accuracy."""
+    scores, out = list(scores), Table("speed", box=None)
+    for header in ("steps/canvas", "tokens/forward", "accuracy", *dict.fromkeys(s.task for s in scores)):
+        out.add_column(header, justify="right")
+    for speed, group in groupby(scores, key=lambda s: s.speed):
+        own = list(group)
+        means = (mean(getattr(s, name) for s in own) for name in ("steps_per_canvas", "tokens_per_forward"))
+        cells = *(f"{x:.2f}" for x in means), f"{mean(s.accuracy for s in own):.1%}"
+        out.add_row(speed, *cells, *(f"{s.accuracy:.1%}" for s in own))
+    return out
+
+
 @click.command(help=__doc__.partition("\n")[0] if __doc__ else None)
 @click.option("--model", help="Checkpoint folder; default the embedded model.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
@@ -98,7 +118,10 @@ def table(scores: Iterable[Score]) -> Table:
 @click.option("--task", "chosen", type=click.Choice(list(tasks.TASKS)), multiple=True, help="Default: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--soft-bound", type=float, help="Probability that a soft embedding may leave out.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=JSON", help="A sampler's setting; may repeat."
+)
+@click.option("--speeds", is_flag=True, help="Compare the sets of settings that --speed names.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a task on stdout.")
 def main(
     model: str | None,
@@ -108,21 +131,26 @@ def main(
     chosen: tuple[str, ...],
     seed: int,
     batch: int,
-    soft_bound: float | None,
+    changes: tuple[str, ...],
+    speeds: bool,
     as_json: bool,
 ) -> None:
     try:
         loaded = load(model, backend, dtype)
         err = Console(file=sys.stderr)
-        names = track(chosen or tuple(tasks.TASKS), "evaluating", console=err, disable=not err.is_terminal)
-        scores = [score(loaded, task, count, seed, batch, soft_bound=soft_bound) for task in names]
-    except DgemmaError as error:
+        settings = {field: json.loads(value) for field, _, value in (c.partition("=") for c in changes)}
+        asked = list(product(SPEEDS if speeds else ["quality"], chosen or tasks.TASKS))
+        scores = [
+            score(loaded, task, count, seed, batch, speed=speed, **settings)
+            for speed, task in track(asked, "evaluating", console=err, disable=not err.is_terminal)
+        ]
+    except (DgemmaError, json.JSONDecodeError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:
         for s in scores:
             click.echo(json.dumps(asdict(s)))
     else:
-        Console().print(table(scores))
+        Console().print(speeds_table(scores) if speeds else table(scores))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,17 @@ from typing import Any
 
 from dgemma.checkpoint.layouts.base import Layout, module
 from dgemma.checkpoint.layouts.mlx import FACTOR, MlxLayout
+from dgemma.checkpoint.presets import PRESETS
 from dgemma.formats.quantized import Form
 from dgemma.network.spec import Param
 
-from .recipe import MLX_PRESETS
 from .target import Forms, Target
 
 
 class MlxTarget(Target):
     name = "mlx"
     stores = ("affine", "mxfp4", "mxfp8", "nvfp4")
-    presets = MLX_PRESETS
+    presets = PRESETS["mlx"]
     metadata = MappingProxyType({"format": "mlx"})
 
     def layout(self, table: Sequence[Param], forms: Forms, factored: Collection[str]) -> Layout:

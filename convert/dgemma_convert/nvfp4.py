@@ -13,11 +13,11 @@ import dgemma
 from dgemma.checkpoint.faults import HF_QUANT_CONFIG
 from dgemma.checkpoint.layouts.base import Layout, is_linear
 from dgemma.checkpoint.layouts.modelopt import ModelOptLayout
+from dgemma.checkpoint.presets import PRESETS
 from dgemma.errors import ConfigError
 from dgemma.formats.quantized import NVFP4, Form
 from dgemma.network.spec import Param
 
-from .recipe import NVFP4_PRESETS
 from .target import Forms, Target
 
 # NVIDIA's list as patterns, by the class of weight that each keeps out; vLLM matches them with fnmatch.
@@ -36,7 +36,7 @@ _MAY = ("experts", "mlp", "attention", "self_conditioning")
 class Nvfp4Target(Target):
     name = "nvfp4"
     stores = ("nvfp4",)
-    presets = NVFP4_PRESETS
+    presets = PRESETS["nvfp4"]
 
     def check(self, table: Sequence[Param], forms: Forms) -> None:
         for param in table:

@@ -7,10 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from dgemma.checkpoint.layouts.base import Layout
+from dgemma.checkpoint.presets import Words
 from dgemma.formats.quantized import Form
 from dgemma.network.spec import Param
-
-from .recipe import Words
 
 Forms = Mapping[str, Form | None]  # by parameter name
 

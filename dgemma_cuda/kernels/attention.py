@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dgemma.network.context import Pieces
 from dgemma.network.ops import KV, Mask, Past
 
 from .launch import interpreted, kernel, load, power_of_two, processors
@@ -124,13 +125,24 @@ def table(layers: Sequence[Sequence[Past]], lengths: Sequence[int], device: torc
     first = [stop - n for stop, n in zip(accumulate(lengths), lengths, strict=True)]
     for layer, rows in zip(layers, found, strict=True):
         for b, pieces in enumerate(layer):
-            numbers, end = [len(pieces), first[b], 0, lengths[b]], 0
-            for k, v in pieces:
-                numbers += _entry(k, v, end)
-                end += k.shape[1]
-            numbers += [0, 0, end + lengths[b], 0]
+            entries = _entries(pieces)
+            end = entries[-2] if pieces else 0
+            numbers = [len(pieces), first[b], 0, lengths[b], *entries, 0, 0, end + lengths[b], 0]
             rows[b, : len(numbers)] = numbers
     return torch.from_numpy(found).to(device)
+
+
+def _entries(pieces: Past) -> list[int]:
+    """The numbers of all pieces, which a context's own pieces keep: it is read at every step of a canvas."""
+    found: list[int] | None = getattr(pieces, "note", None)
+    if found is None:
+        found, end = [], 0
+        for k, v in pieces:
+            found += _entry(k, v, end)
+            end += k.shape[1]
+        if isinstance(pieces, Pieces):
+            pieces.note = found
+    return found
 
 
 def _entry(k: Tensor, v: Tensor, start: int) -> list[int]:

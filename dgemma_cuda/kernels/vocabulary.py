@@ -9,8 +9,10 @@ order in which programs run. The price: logits are rounded to bfloat16, as they 
 `sparse_vocabulary` replaces the second product for rows that a few tokens dominate, and says what is missing.
 
 Kernels compute in powers of two: z = logit / temperature · log2(e), whose exponentials are one instruction.
+With a bias, compiled in by BIASED, each adds it to z as it reads a logit: a class of two bytes and its value,
+both from caches. The plane keeps the logits of the head.
 
-    N tokens  D hidden  V vocabulary
+    N tokens  D hidden  V vocabulary  C classes of tokens
 """
 # Parameters of kernels are Triton's own types, which no annotation names.
 # mypy: disable-error-code="no-untyped-def"
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from dgemma.network.ops.vocabulary import TRACE, Prediction
+from dgemma.network.ops.vocabulary import TRACE, Bias, Prediction
 
 from .launch import interpreted, kernel, load, power_of_two, processors
 
@@ -69,11 +71,16 @@ class Sparse:
 
 
 def vocabulary_plain(
-    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+    h: Tensor,
+    table: Tensor,
+    softcap: float,
+    temperature: Tensor | float,
+    uniforms: Tensor,
+    bias: Bias | None = None,
 ) -> Prediction:
     """`vocabulary` in PyTorch, with planes of float32 [N, V]."""
-    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
-    return Prediction(argmax, sample, entropy, p.to(table.dtype) @ table)
+    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms, bias)
+    return Prediction(argmax, sample, entropy, p.to(table.dtype) @ table, p.amax(-1))
 
 
 def sparse_vocabulary_plain(
@@ -83,25 +90,34 @@ def sparse_vocabulary_plain(
     temperature: Tensor | float,
     uniforms: Tensor,
     sparse: Sparse | None = None,
-) -> tuple[Prediction, Tensor]:
+    bias: Bias | None = None,
+) -> Prediction:
     """`sparse_vocabulary` in PyTorch, with planes of float32 [N, V]."""
     sparse = sparse or Sparse()
-    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms)
+    p, argmax, sample, entropy = _plain(h, table, softcap, temperature, uniforms, bias)
     kept = p > sparse.ratio * p.amax(-1, keepdim=True)
     kept &= kept.cumsum(-1) <= sparse.keep
     missing = torch.where(kept, 0.0, p).sum(-1)
     dense = ~(missing <= sparse.missing)
     few = torch.where(kept, p, 0.0) @ table.float()
     soft = torch.where(dense[:, None], p.to(table.dtype) @ table, few.to(table.dtype))
-    return Prediction(argmax, sample, entropy, soft), torch.where(dense, 0.0, missing.clamp_min(TRACE))
+    missing = torch.where(dense, 0.0, missing.clamp_min(TRACE))
+    return Prediction(argmax, sample, entropy, soft, p.amax(-1), missing)
 
 
 def _plain(
-    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+    h: Tensor,
+    table: Tensor,
+    softcap: float,
+    temperature: Tensor | float,
+    uniforms: Tensor,
+    bias: Bias | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Probabilities [N, V] float32, argmax, sample and entropy [N]."""
     heat = torch.as_tensor(temperature, device=h.device).float().reshape(-1, 1)
     z = softcap * torch.tanh(F.linear(h, table).float() / softcap) / heat
+    if bias is not None:
+        z = z + bias.values.gather(-1, bias.classes[bias.which].long())
     logs = torch.log_softmax(z, -1)
     p, argmax = logs.exp(), z.argmax(-1)
     sample = (p.cumsum(-1) <= uniforms[:, None]).sum(-1)
@@ -124,10 +140,27 @@ class _Said:
     entropy: Tensor  # [N] float32, nats
     top: Tensor  # [N] float32: the largest z
     total: Tensor  # [N] float32: log2 Σ 2^z, so that p = 2^(z − total)
+    best: Tensor  # [N] float32: the probability of the argmax
+    bias: Bias | None
+
+    @property
+    def added(self) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+        """What every kernel is told of a bias: classes, which, values, C and whether there is one."""
+        if self.bias is None:
+            return self.argmax, self.argmax, self.total, 0, False  # none is read
+        return self.bias.classes, self.bias.which, self.bias.values, self.bias.values.shape[1], True
+
+    def prediction(self, soft: Tensor, missing: Tensor | None = None) -> Prediction:
+        return Prediction(self.argmax, self.sample, self.entropy, soft, self.best, missing)
 
 
 def vocabulary(
-    h: Tensor, table: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor
+    h: Tensor,
+    table: Tensor,
+    softcap: float,
+    temperature: Tensor | float,
+    uniforms: Tensor,
+    bias: Bias | None = None,
 ) -> Prediction:
     """`Ops.vocabulary_rows` of h [N, D] and table [V, D], both bfloat16, N up to ROWS.
 
@@ -137,9 +170,9 @@ def vocabulary(
 
     load()
     with torch.cuda.device_of(h):
-        said = _said(F.linear(h, table), softcap, temperature, uniforms.float())
+        said = _said(F.linear(h, table), softcap, temperature, uniforms.float(), bias)
         _probabilities_in_place(said)
-        return Prediction(said.argmax, said.sample, said.entropy, said.logits @ table)
+        return said.prediction(said.logits @ table)
 
 
 def sparse_vocabulary(
@@ -149,8 +182,9 @@ def sparse_vocabulary(
     temperature: Tensor | float,
     uniforms: Tensor,
     sparse: Sparse | None = None,
-) -> tuple[Prediction, Tensor]:
-    """As `vocabulary`, with a soft embedding that leaves improbable tokens out; and how much, [N] float32.
+    bias: Bias | None = None,
+) -> Prediction:
+    """As `vocabulary`, with a soft embedding that leaves improbable tokens out; `missing` says how much.
 
     Row n of `soft` is off by at most missing[n] · max|table| in any column, beyond its rounding. A row was
     computed in full if missing[n] is 0, and only then. The host never reads the number of such rows: programs
@@ -158,37 +192,45 @@ def sparse_vocabulary(
     """
     load()
     with torch.cuda.device_of(h):
-        said = _said(F.linear(h, table), softcap, temperature, uniforms.float())
-        soft, missing = _sparse_soft(said, table, sparse or Sparse())
-        return Prediction(said.argmax, said.sample, said.entropy, soft), missing
+        said = _said(F.linear(h, table), softcap, temperature, uniforms.float(), bias)
+        return said.prediction(*_sparse_soft(said, table, sparse or Sparse()))
 
 
-def _said(logits: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor) -> _Said:
+def _said(
+    logits: Tensor, softcap: float, temperature: Tensor | float, uniforms: Tensor, bias: Bias | None
+) -> _Said:
     """Statistics of logits [N, V] as the head gives them, before the softcap."""
     N, V = logits.shape
     assert N <= ROWS, (N, "rows: 32 bits would not hold their places")
     temperature = torch.as_tensor(temperature, device=logits.device).float().expand(N).contiguous()
     splits = -(-V // WIDTH)
-    parts = logits.new_empty((3, N, splits), dtype=torch.float32)  # largest logit, mass, weighted
+    # Of each split: the largest logit, or with a bias the largest z; mass, weighted.
+    parts = logits.new_empty((3, N, splits), dtype=torch.float32)
     places = logits.new_empty((N, splits), dtype=torch.int32)
-    _statistics[(N, splits)](
-        logits, temperature, parts, places, N, V, softcap, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_statistics"]
-    )
     ids = logits.new_empty((2, N), dtype=torch.int64)
-    values = logits.new_empty((3, N), dtype=torch.float32)  # entropy, top, total
-    _draw[(N,)](
-        logits, temperature, uniforms.contiguous(), parts, places, ids, values, N, V, splits, softcap,
-        WIDTH=WIDTH, TILE=TILE, SPLITS=power_of_two(splits), **OPTIONS["_draw"],
+    values = logits.new_empty((4, N), dtype=torch.float32)  # entropy, top, total, best
+    entropy, top, total, best = values
+    said = _Said(logits, softcap, temperature, ids[0], ids[1], entropy, top, total, best, bias)
+    *added, biased = said.added
+    _statistics[(N, splits)](
+        logits, temperature, *added, parts, places, N, V, softcap,
+        BIASED=biased, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_statistics"],
     )  # fmt: skip
-    return _Said(logits, softcap, temperature, *ids, *values)
+    _draw[(N,)](
+        logits, temperature, *added, uniforms.contiguous(), parts, places, ids, values, N, V, splits, softcap,
+        BIASED=biased, WIDTH=WIDTH, TILE=TILE, SPLITS=power_of_two(splits), **OPTIONS["_draw"],
+    )  # fmt: skip
+    return said
 
 
 def _probabilities_in_place(said: _Said, dense: Tensor | None = None) -> None:
     """The plane [N, V] becomes probabilities, in rows that are `dense` [N] or in all of them."""
     N, V = said.logits.shape
+    *added, biased = said.added
     _probabilities[(N, -(-V // WIDTH))](
-        said.logits, said.temperature, said.total, said.total if dense is None else dense, V, said.softcap,
-        SOME=dense is not None, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_probabilities"],
+        said.logits, said.temperature, *added, said.total, said.total if dense is None else dense, V,
+        said.softcap, SOME=dense is not None, BIASED=biased, WIDTH=WIDTH, TILE=TILE,
+        **OPTIONS["_probabilities"],
     )  # fmt: skip
 
 
@@ -201,9 +243,10 @@ def _sparse_soft(said: _Said, table: Tensor, sparse: Sparse) -> tuple[Tensor, Te
     ids, shares = new((N, splits, keep), dtype=torch.int32), new((N, splits, keep), dtype=torch.float32)
     counts, dropped = new((N, splits), dtype=torch.int32), new((N, splits), dtype=torch.float32)
     limit = math.log2(sparse.ratio) if sparse.ratio > 0 else SHORTEST
+    *added, biased = said.added
     _shortlist[(N, splits)](
-        said.logits, said.temperature, said.top, said.total, ids, shares, counts, dropped,
-        V, splits, said.softcap, limit, keep, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_shortlist"],
+        said.logits, said.temperature, *added, said.top, said.total, ids, shares, counts, dropped,
+        V, splits, said.softcap, limit, keep, BIASED=biased, WIDTH=WIDTH, TILE=TILE, **OPTIONS["_shortlist"],
     )  # fmt: skip
     few_ids, few_shares = new((N, keep), dtype=torch.int32), new((N, keep), dtype=torch.float32)
     few, dense = new(N, dtype=torch.int32), new(N, dtype=torch.int32)
@@ -247,8 +290,16 @@ def _scaled(x, temperature, cap):
 
 
 @kernel
+def _lift(classes, values, at, V):
+    """What a bias adds to z of tokens `at`, from its row's classes [V] and values [C]."""
+    kind = tl.load(classes + at, mask=at < V, other=0)
+    return tl.load(values + kind) * 1.4426950408889634
+
+
+@kernel
 def _statistics(
-    logits, temperature, parts, places, N, V, cap, WIDTH: tl.constexpr, TILE: tl.constexpr
+    logits, temperature, classes, which, values, C, parts, places, N, V, cap,
+    BIASED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of one split of a row, its first place, Σ e and Σ e·(z − top), e = 2^(z − top).
 
@@ -256,19 +307,32 @@ def _statistics(
     """
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     place = split * WIDTH
     peak = tl.full((), float("-inf"), tl.float32)
     top = _scaled(peak, heat, cap)
+    if BIASED:  # the largest z takes the place of the largest logit
+        peak = tl.full((), -3e38, tl.float32)
+        top = peak
     mass = tl.zeros((), tl.float32)
     weighted = tl.zeros((), tl.float32)
     for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
         at = a + tl.arange(0, TILE)
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        if BIASED:
+            x = _scaled(x, heat, cap) + _lift(classes, values, at, V)
+            x = tl.where(at < V, x, -3e38)
         best, where = tl.max(x, 0, return_indices=True)
         place = tl.where(best > peak, a + where, place)
         peak = tl.where(best > peak, best, peak)
-        old, top = top, _scaled(peak, heat, cap)
-        z = _scaled(x, heat, cap) - top
+        if BIASED:
+            old, top = top, peak
+            z = x - top
+        else:
+            old, top = top, _scaled(peak, heat, cap)
+            z = _scaled(x, heat, cap) - top
         e = tl.where(at < V, tl.exp2(z), 0.0)
         fade = tl.exp2(old - top)
         weighted = fade * (weighted + mass * (old - top)) + tl.sum(e * z)
@@ -283,8 +347,8 @@ def _statistics(
 
 @kernel
 def _draw(
-    logits, temperature, uniforms, parts, places, ids, values, N, V, splits, cap,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    logits, temperature, classes, which, values, C, uniforms, parts, places, ids, out, N, V, splits, cap,
+    BIASED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merges a row's splits, and draws the first token whose cumulative mass exceeds uniform · mass.
 
@@ -293,23 +357,31 @@ def _draw(
     """
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     split = tl.arange(0, SPLITS)
     here = parts + row * splits + split
     peaks = tl.load(here, mask=split < splits, other=float("-inf"))
     mass = tl.load(here + N * splits, mask=split < splits, other=0.0)
     weighted = tl.load(here + 2 * N * splits, mask=split < splits, other=0.0)
     peak, first = tl.max(peaks, 0, return_indices=True)
-    top = _scaled(peak, heat, cap)
-    shift = _scaled(peaks, heat, cap) - top
+    if BIASED:
+        top = peak
+        shift = tl.where(split < splits, peaks - top, -3e38)
+    else:
+        top = _scaled(peak, heat, cap)
+        shift = _scaled(peaks, heat, cap) - top
     fade = tl.exp2(shift)
     weighted = tl.sum(fade * (weighted + mass * shift))
     mass = fade * mass
     total = tl.sum(mass)
     argmax = tl.load(places + row * splits + tl.minimum(first, splits - 1))
     tl.store(ids + row, argmax.to(tl.int64))
-    tl.store(values + row, 0.6931471805599453 * (tl.log2(total) - weighted / total))
-    tl.store(values + N + row, top)
-    tl.store(values + 2 * N + row, top + tl.log2(total))
+    tl.store(out + row, 0.6931471805599453 * (tl.log2(total) - weighted / total))
+    tl.store(out + N + row, top)
+    tl.store(out + 2 * N + row, top + tl.log2(total))
+    tl.store(out + 3 * N + row, 1 / total)
 
     reach = tl.cumsum(mass, 0)
     goal = tl.load(uniforms + row) * total
@@ -320,7 +392,10 @@ def _draw(
     for a in range(start, tl.minimum(start + WIDTH, V), TILE):
         at = a + tl.arange(0, TILE)
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-        e = tl.where(at < V, tl.exp2(_scaled(x, heat, cap) - top), 0.0)
+        z = _scaled(x, heat, cap)
+        if BIASED:
+            z += _lift(classes, values, at, V)
+        e = tl.where(at < V, tl.exp2(z - top), 0.0)
         sums = below + tl.cumsum(e, 0)
         sample = tl.minimum(sample, tl.min(tl.where((sums > goal) & (e > 0), at, V)))
         below += tl.sum(e)
@@ -329,7 +404,8 @@ def _draw(
 
 @kernel
 def _probabilities(
-    logits, temperature, total, dense, V, cap, SOME: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
+    logits, temperature, classes, which, values, C, total, dense, V, cap,
+    SOME: tl.constexpr, BIASED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One split of a row becomes 2^(z − total) in place; where SOME, of a `dense` row only."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -337,23 +413,32 @@ def _probabilities(
         if tl.load(dense + row) == 0:
             return
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     whole = tl.load(total + row)
     for a in range(split * WIDTH, tl.minimum(split * WIDTH + WIDTH, V), TILE):
         at = a + tl.arange(0, TILE)
         here = logits + row * V + at
         x = tl.load(here, mask=at < V, other=0.0).to(tl.float32)
-        p = tl.exp2(_scaled(x, heat, cap) - whole)
+        z = _scaled(x, heat, cap)
+        if BIASED:
+            z += _lift(classes, values, at, V)
+        p = tl.exp2(z - whole)
         tl.store(here, p.to(logits.dtype.element_ty), mask=at < V)
 
 
 @kernel
 def _shortlist(
-    logits, temperature, top, total, ids, shares, counts, dropped, V, splits, cap, limit, keep,
-    WIDTH: tl.constexpr, TILE: tl.constexpr,
+    logits, temperature, classes, which, values, C, top, total, ids, shares, counts, dropped,
+    V, splits, cap, limit, keep, BIASED: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The first `keep` tokens with z > top + limit of one split of a row, and the mass of all others."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
+    if BIASED:
+        classes += tl.load(which + row) * V
+        values += row * C
     least = tl.load(top + row) + limit
     whole = tl.load(total + row)
     here = row * splits + split
@@ -363,6 +448,8 @@ def _shortlist(
         at = a + tl.arange(0, TILE)
         x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
         z = _scaled(x, heat, cap)
+        if BIASED:
+            z += _lift(classes, values, at, V)
         p = tl.where(at < V, tl.exp2(z - whole), 0.0)
         good = (at < V) & (z > least)
         rank = count + tl.cumsum(good.to(tl.int32), 0) - 1

@@ -15,10 +15,13 @@ gathers and sums their rows of the table. The rest of the rows read the table a 
 The price: the host learns which rows those are, so it cannot be compiled, and it costs more than it saves
 where many rows are dense.
 
+A bias is added to t, in units of it: see `Scale`. So every sum knows it, and kernels without one are as if
+there were none.
+
 `tile`, a kernel, or `tile_plain` works up a tile's logits; all else is the same code. A row that holds NaN
 gets NaN as its entropy and soft embedding and some valid ids; no other row does.
 
-    N tokens  D hidden  V vocabulary  W tokens of a tile  T tiles  R runs of a tile
+    N tokens  D hidden  V vocabulary  W tokens of a tile  T tiles  R runs of a tile  C classes of tokens
 """
 
 from __future__ import annotations
@@ -31,14 +34,15 @@ import numpy as np
 
 from dgemma.formats.quantized import Quantized
 from dgemma.network.ops import Array
-from dgemma.network.ops.vocabulary import TRACE, Prediction, soft_cap
+from dgemma.network.ops.vocabulary import TRACE, Bias, Prediction, soft_cap
 from dgemma_mlx.arrays import MlxArrays
 
 from .launch import Kernel
 
 RUN = 32  # tokens of a run
 THREADS, READS = 256, 4  # threads of a row; adjacent tokens that each of them takes at a time
-NOTHING = -2.0  # below every t
+NOTHING = -2.0  # below every t without a bias
+LEAST = -1e31  # below every z with one
 GATHERED = 256 * RUN  # rows of the table gathered at once: as many as the samples of 256 rows of h need
 
 
@@ -46,6 +50,7 @@ GATHERED = 256 * RUN  # rows of the table gathered at once: as many as the sampl
 class Scale:
     """z = unit · t of a logit of the head, where t = tanh(logit / softcap) and unit = softcap / temperature.
 
+    With a bias t = tanh(logit / softcap) + bias / unit.
     Comparisons are of t, and sums of unit · (t − top). That is 0 for the largest t, which z − top need not be
     where a compiler fuses product and difference. So no entropy is negative.
     """
@@ -53,10 +58,38 @@ class Scale:
     ops: MlxArrays
     softcap: float
     unit: Array  # float32 [N]
+    bias: Bias | None = None
 
-    def bend(self, raw: Array) -> Array:
-        """t of logits [N, …], float32: what the softcap leaves, in units of it."""
+    def tile(self, raw: Array, first: int) -> Array:
+        """t of logits [N, W] of tokens from `first` on, float32."""
+        t = self._bend(raw)
+        if self.bias is None:
+            return t
+        classes = self.bias.classes[:, first : first + raw.shape[1]]
+        return t + self._lift(mx.take(classes, self.bias.which, 0))
+
+    def some(self, raw: Array, ids: Array) -> Array:
+        """t of logits [N, n] of tokens `ids` [N, n], float32."""
+        t = self._bend(raw)
+        if self.bias is None:
+            return t
+        return t + self._lift(self.bias.classes[self.bias.which[:, None], ids])
+
+    def _bend(self, raw: Array) -> Array:
+        """What the softcap leaves of logits [N, …], in units of it."""
         return soft_cap(self.ops, self.ops.to_wide(raw) / self.softcap, 1.0)
+
+    def _lift(self, classes: Array) -> Array:
+        """What a bias adds to t of tokens of `classes` [N, n]."""
+        assert self.bias is not None
+        return mx.take_along_axis(self.bias.values, classes.astype(mx.int32), -1) / self.unit[:, None]
+
+    @property
+    def least(self) -> Array:
+        """What is below every t, [N, 1]; times `unit` it is finite."""
+        if self.bias is None:
+            return mx.full((len(self.unit), 1), NOTHING)
+        return LEAST / self.unit[:, None]
 
     def below(self, t: Array, top: Array) -> Array:
         """How far z is below its largest, from t and `top` [N, …], float32: 0 or less."""
@@ -64,15 +97,16 @@ class Scale:
 
     def rows(self, ids: Array | slice) -> Scale:
         """The scale of some rows."""
-        return Scale(self.ops, self.softcap, self.unit[ids])
+        return Scale(self.ops, self.softcap, self.unit[ids], self.bias and self.bias.rows(ids))
 
 
-def scale_of(ops: MlxArrays, softcap: float, temperature: Array | float, rows: int) -> Scale:
+def scale_of(
+    ops: MlxArrays, softcap: float, temperature: Array | float, rows: int, bias: Bias | None = None
+) -> Scale:
     """The scale of so many rows, at a temperature [N] each or all at one."""
     unit = softcap / temperature
-    return Scale(
-        ops, softcap, mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
-    )
+    units = mx.broadcast_to(unit if isinstance(unit, mx.array) else mx.array(unit), (rows,))
+    return Scale(ops, softcap, units, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +119,11 @@ class Running:
     argmax: Array  # int32: the first place of `top`
 
     @classmethod
-    def start(cls, rows: int) -> Running:
+    def start(cls, scale: Scale) -> Running:
         """Before the first tile."""
+        rows = len(scale.unit)
         zero = mx.zeros((rows, 1))
-        return cls(mx.full((rows, 1), NOTHING), zero, zero, mx.zeros((rows, 1), mx.int32))
+        return cls(scale.least, zero, zero, mx.zeros((rows, 1), mx.int32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +148,16 @@ def vocabulary(
     temperature: Array | float,
     uniforms: Array,
     step: Step,
+    bias: Bias | None = None,
 ) -> Prediction:
     """`Ops.vocabulary_rows` of h [N, D] against the table [V, D], an array or a record.
 
     Tiles are `ops.vocab_tile` tokens wide, and one follows another; `step` works up the logits of one.
     """
-    scale = scale_of(ops, softcap, temperature, len(h))
+    scale = scale_of(ops, softcap, temperature, len(h), bias)
     running, masses, soft = _read(ops, h, table, scale, step)
-    return Prediction(*_said(ops, h, table, scale, uniforms, running, masses), soft)
+    said = _said(ops, h, table, scale, uniforms, running, masses)
+    return Prediction(*said, soft, 1 / running.mass[:, 0])
 
 
 def sparse_vocabulary(
@@ -132,13 +169,14 @@ def sparse_vocabulary(
     uniforms: Array,
     step: Step,
     bound: float,
+    bias: Bias | None = None,
 ) -> Prediction:
     """As `vocabulary`, with rows of `soft` that leave out up to `bound` of the probability.
 
     Such a row is made of the `ops.soft_tokens` / 32 runs that have the most mass. The host reads which rows
     those are. Only the others make their logits again and are multiplied with the table.
     """
-    scale = scale_of(ops, softcap, temperature, len(h))
+    scale = scale_of(ops, softcap, temperature, len(h), bias)
     running, masses, _ = _read(ops, h, table, scale, step, product=False)
     said = _said(ops, h, table, scale, uniforms, running, masses)
     runs, missing = _best(scale, running.top, masses, max(1, ops.soft_tokens // RUN))
@@ -155,7 +193,8 @@ def sparse_vocabulary(
         rest = mx.array(dense)
         parts.append(_read(ops, h[rest], table, scale.rows(rest), step)[2])
     soft = mx.concatenate(parts)[mx.array(np.argsort(np.r_[sparse, dense]))]
-    return Prediction(*said, soft, mx.where(mx.array(few), mx.maximum(missing, TRACE), 0.0))
+    missing = mx.where(mx.array(few), mx.maximum(missing, TRACE), 0.0)
+    return Prediction(*said, soft, 1 / running.mass[:, 0], missing)
 
 
 def _read(
@@ -169,7 +208,7 @@ def _read(
     # Factors of the table's rows go into p before it is rounded.
     factored = isinstance(table, Quantized) and table.factor is not None
     kind = mx.float32 if factored else ops.dtype
-    running, soft, masses, x = Running.start(len(h)), mx.array(0.0), [], h
+    running, soft, masses, x = Running.start(scale), mx.array(0.0), [], h
     for a in range(0, V, width):
         rows = table[a : a + width]
         part = step(running, ops.linear(x, rows), scale, a, -(-width // RUN), kind)
@@ -274,7 +313,8 @@ def _candidates(h: Array, rows: Array) -> Array:
 
 def _masses(scale: Scale, raw: Array, top: Array, ids: Array, V: int) -> Array:
     """e [N, n] float32 of uncapped logits of tokens `ids` [N, n]; 0 for tokens that do not exist."""
-    return mx.where(ids < V, scale.ops.exp(scale.below(scale.bend(raw), top)), 0.0)
+    t = scale.some(raw, mx.minimum(ids, V - 1))
+    return mx.where(ids < V, scale.ops.exp(scale.below(t, top)), 0.0)
 
 
 def _dequantized(ops: MlxArrays, record: Quantized) -> Array:
@@ -319,7 +359,7 @@ def _gathered(
 
 def tile_plain(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtype: mx.Dtype) -> Tile:
     """`tile` of the same arrays without a kernel."""
-    t = scale.bend(raw)
+    t = scale.tile(raw, first)
     peak = mx.max(t, -1, keepdims=True)
     place = mx.argmax(t, -1, keepdims=True).astype(mx.int32) + first
     top = mx.maximum(running.top, peak)
@@ -352,10 +392,13 @@ def tile(running: Running, raw: Array, scale: Scale, first: int, runs: int, dtyp
     N, W = raw.shape
     known, numbers = (running.top, running.mass, running.weighted, running.argmax), (N, 1)
     scalars = (_scalar(scale.softcap), scale.unit, mx.array(first), mx.array(runs))
-    *updated, fade, p, masses = TILE(
+    bias = scale.bias
+    kernel, more = (TILE_BIASED, (bias.classes, bias.which, bias.values)) if bias else (TILE, ())
+    *updated, fade, p, masses = kernel(
         raw,
         *known,
         *scalars,
+        *more,
         grid=(N * THREADS, 1, 1),
         group=(THREADS, 1, 1),
         shapes=[*[numbers] * 5, (N, W), (N, 1 + runs)],
@@ -377,17 +420,10 @@ def _scalar(x: float) -> Array:
 # largest is known, and a tile of 49,152 tokens fits neither registers nor threadgroup memory. The second
 # reading finds the row, 98 KB of bfloat16, in a cache. tanh is computed twice, and raw logits never compared,
 # so that no e exceeds 1 whatever tanh rounds to, and ties are those of the definition.
-TILE = Kernel(
-    name="vocabulary_tile",
-    inputs=(
-        "raw", "top_before", "mass_before", "weighted_before", "argmax_before",
-        "softcap", "units", "first", "runs",
-    ),
-    outputs=("top", "mass", "weighted", "argmax", "fade", "p", "masses"),
-    header="""
+HEADER = """
 inline float bend(float x, float softcap) { return metal::precise::tanh(x / softcap); }
-""",
-    source="""
+"""
+SOURCE = """
     constexpr uint SIMDS = THREADS / 32, LANES = RUN / READS, NOWHERE = 0xFFFFFFFFu;
     threadgroup float peaks[SIMDS];
     threadgroup uint places[SIMDS];
@@ -401,14 +437,14 @@ inline float bend(float x, float softcap) { return metal::precise::tanh(x / soft
     const uint padded = uint(runs) * RUN;
     const size_t start = size_t(row) * width;
     const float unit = units[row];
-
+    BEFORE
     // The largest t and its first place. NaN is never larger.
-    float peak = -2.0f;
+    float peak = LEAST;
     uint place = NOWHERE;
     for (uint a = READS * at; a < width; a += READS * THREADS) {
         for (uint i = a; i < a + READS; i++) {
             if (i < width) {
-                const float t = bend(static_cast<float>(raw[start + i]), softcap);
+                const float t = BENT;
                 place = t > peak ? i : place;
                 peak = t > peak ? t : peak;
             }
@@ -438,7 +474,7 @@ inline float bend(float x, float softcap) { return metal::precise::tanh(x / soft
         float part = 0.0f;
         for (uint i = a; i < a + READS; i++) {
             if (i < width) {
-                const float d = unit * (bend(static_cast<float>(raw[start + i]), softcap) - now);
+                const float d = unit * (BENT - now);
                 const float e = metal::precise::exp(d);
                 p[start + i] = static_cast<P>(e);
                 part += e;
@@ -477,5 +513,33 @@ inline float bend(float x, float softcap) { return metal::precise::tanh(x / soft
         fade[row] = shrink;
         masses[size_t(row) * (runs + 1)] = now;
     }
-""",
-)  # fmt: skip
+"""
+
+
+def _kernel(name: str, more: tuple[str, ...], before: str, bent: str, least: str) -> Kernel:
+    """A kernel with `more` inputs: `bent` is t of token i of the tile, and `least` is below every t."""
+    return Kernel(
+        name=name,
+        inputs=(
+            "raw", "top_before", "mass_before", "weighted_before", "argmax_before",
+            "softcap", "units", "first", "runs", *more,
+        ),
+        outputs=("top", "mass", "weighted", "argmax", "fade", "p", "masses"),
+        header=HEADER,
+        source=SOURCE.replace("BEFORE", before).replace("BENT", bent).replace("LEAST", least),
+    )  # fmt: skip
+
+
+_BENT = "bend(static_cast<float>(raw[start + i]), softcap)"
+TILE = _kernel("vocabulary_tile", (), "", _BENT, "-2.0f")
+# Classes are two bytes a token, and a row's values a few cache lines: both stay in caches.
+TILE_BIASED = _kernel(
+    "vocabulary_tile_biased",
+    ("classes", "which", "values"),
+    """
+    const size_t own = size_t(row) * uint(values_shape[1]);
+    const size_t table = size_t(which[row]) * uint(classes_shape[1]) + uint(first);
+    """,
+    f"({_BENT} + values[own + uint(classes[table + i])] / unit)",
+    "-3.0e38f",
+)

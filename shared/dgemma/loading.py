@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import reprlib
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +21,26 @@ from dgemma.checkpoint.faults import expected_parameters, find_announcement
 from dgemma.checkpoint.folder import INDEX
 from dgemma.checkpoint.hub import SMALL_FILES, resolve
 from dgemma.checkpoint.layouts import detect
+from dgemma.checkpoint.presets import PRESETS, preset_forms
 from dgemma.errors import BackendError, CheckpointError, ConfigError
 from dgemma.files import MAX_SIZE, Progress, exists, load_json
 from dgemma.formats.quantized import Form
 from dgemma.model import Model
 from dgemma.network.config import Config
-from dgemma.network.memory import format_of, weight_bytes
+from dgemma.network.memory import predict
 from dgemma.network.ops import Notices
+from dgemma.network.passes import BACKENDS, Backend, backend_of, find
+from dgemma.network.spec import text_parameters
 from dgemma.settings import GenerationConfig
 from dgemma.text.tokenizer import Tokenizer
 from dgemma.tiny import MODEL_DIR
 
-# "0" lets weights be loaded that exceed the memory there is.
-MEMORY_CHECK = "DGEMMA_MEMORY_CHECK"
+Forms = Mapping[str, Form | None]  # of parameters by name
+
+# Tokens of context with which a model must at least run.
+LEAST_CONTEXT = 1024
+# The target of a conversion that each backend runs best.
+TARGETS = {"mlx": "mlx", "cuda": "nvfp4", "numpy": "mlx"}
 
 
 def load(
@@ -45,6 +53,7 @@ def load(
     activations: str | None = None,
     notices: Notices | None = None,
     check: Callable[[Small], None] | None = None,
+    force: bool = False,
 ) -> Model:
     """A model ready to run. `model` is a folder or a hub id; None means the embedded one.
 
@@ -53,8 +62,8 @@ def load(
     of NVFP4 experts, too, on Blackwell. `progress(done, total)` counts weight bytes. `notices` receives
     messages about the machine and the files; the default is the logger "dgemma". `check` is called with the
     small files before anything large is fetched or read, and may raise. DgemmaError says in one line
-    what is wrong with an argument, the files or the machine. Weights that exceed all memory are refused
-    before they are fetched, unless DGEMMA_MEMORY_CHECK is 0.
+    what is wrong with an argument, the files or the machine. A model that exceeds all memory, with a row of a
+    small context, is refused before its weights are fetched, unless `force` is set.
     """
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of done and total, not {type(progress).__name__}")
@@ -71,15 +80,23 @@ def load(
     if check:
         check(small)
     forms = announced_forms(folder, small.config)
-    held = _dtype_on_host(backend, dtype, device)
+    held = _on_host(backend, dtype, device)
+
+    def check_memory(backend: Backend, forms: Forms | None, most: int | None) -> int:
+        needed = 0 if forms is None else least_memory(small.config, backend, forms)
+        if most is not None and needed > most and not force:
+            raise BackendError(too_large(given, small.config, backend, needed, most))
+        return needed
+
     if held:
-        check_memory(folder, small.config, forms, held, machine.total_memory())
+        check_memory(held, forms, machine.total_memory())
     checkpoint = Checkpoint.open(folder) if os.path.isdir(os.path.expanduser(given)) else None
     if checkpoint and held:
-        check_memory(folder, small.config, _forms(checkpoint), held, machine.total_memory())
+        check_memory(held, _forms(checkpoint), machine.total_memory())
     # The files come first, as a framework takes seconds to import; a download of the weights takes longer.
     ops = make_ops(backend, dtype, device, activations, notices)
-    check_memory(folder, small.config, forms, ops.dtype_name, ops.total_memory())
+    running = backend_of(ops)
+    check_memory(running, forms, ops.total_memory())
     if checkpoint is None:
         whole = resolve(given, notices=notices)
         small = small if whole == folder else open_small(whole)  # a branch of the hub may have moved on
@@ -87,9 +104,9 @@ def load(
     for note in small.notes:
         ops.notices.say(note)
     free = ops.free_memory()
-    needed = check_memory(folder, small.config, _forms(checkpoint), ops.dtype_name, ops.total_memory())
+    needed = check_memory(running, _forms(checkpoint), ops.total_memory())
     if free is not None and needed > free:
-        ops.notices.say(f"the weights take {_gb(needed)}, and {_gb(free)} are free: memory may run out")
+        ops.notices.say(f"the model takes {_gb(needed)}, and {_gb(free)} are free: memory may run out")
     weights = checkpoint.load(ops, progress)
     return Model(ops, checkpoint.config, small.generation, weights, small.tokenizer)
 
@@ -167,7 +184,7 @@ def _beyond(tokenizer: Tokenizer, vocab_size: int) -> str | None:
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def announced_forms(folder: Path, config: Config) -> Mapping[str, Form | None] | None:
+def announced_forms(folder: Path, config: Config) -> Forms | None:
     """How parameters are stored, from the files beside the weights; None if only the weights tell."""
     announcement, announcer = find_announcement(folder, config)
     if announcement is None:
@@ -180,41 +197,55 @@ def announced_forms(folder: Path, config: Config) -> Mapping[str, Form | None] |
     return {param.name: layout.form(param) for param in expected_parameters(config, names)}
 
 
-def _forms(checkpoint: Checkpoint) -> Mapping[str, Form | None]:
+def _forms(checkpoint: Checkpoint) -> Forms:
     return {name: source.form for name, source in checkpoint.sources.items()}
 
 
-def _dtype_on_host(backend: str, dtype: str | None, device: str | None) -> str | None:
-    """The compute type on a backend that is sure to take the host's memory; None without its framework."""
+def _on_host(backend: str, dtype: str | None, device: str | None) -> Backend | None:
+    """The backend if it is sure to take the host's memory; None where only its framework knows."""
     if backend == "numpy":
-        return "float64"
+        return find("numpy", "CPU", "float64")
     if backend == "mlx" and sys.platform == "darwin":
-        return dtype or "bfloat16"
+        return find("mlx", "GPU", dtype or "bfloat16")
     if backend == "cuda" and device is not None and device.partition(":")[0] == "cpu":
-        return dtype or "float32"
+        return find("cuda", "CPU", dtype or "float32")
     return None
 
 
-def check_memory(
-    folder: Path, config: Config, forms: Mapping[str, Form | None] | None, dtype: str, most: int | None
-) -> int:
-    """Bytes of the loaded weights; BackendError if they exceed `most`, which is all memory there is.
+def least_memory(config: Config, backend: Backend, forms: Forms) -> int:
+    """Bytes that a model needs to run at all: weights, one row of a small context, a pass."""
+    return predict(config, backend, 1, min(LEAST_CONTEXT, config.max_positions), forms).total
 
-    Without `forms`, or with `most` None, nothing is known and nothing refused.
-    """
-    if forms is None:
-        return 0
-    needed = weight_bytes(config, format_of(dtype), forms)
-    wanted = os.environ.get(MEMORY_CHECK, "1")
-    if wanted not in ("", "0", "1"):
-        raise BackendError(f"{MEMORY_CHECK} is {reprlib.repr(wanted)}; it must be 0 (no check) or 1")
-    if most is not None and needed > most and wanted != "0":
-        raise BackendError(
-            f"{folder}: its weights take {_gb(needed)} in {dtype}, and all memory is {_gb(most)}; take "
-            "another backend, --dtype bfloat16 or a smaller format (see dgemma info and dgemma convert); "
-            f"{MEMORY_CHECK}=0 tries it all the same"
-        )
-    return needed
+
+def too_large(model: str | Path, config: Config, backend: Backend, needed: int, most: int) -> str:
+    """Why a model is refused that needs more than `most` bytes, and what would fit: a type, or a preset."""
+    fault = (
+        f"{model}: it takes {_gb(needed)} in {backend.dtype} with a context of "
+        f"{min(LEAST_CONTEXT, config.max_positions):,} tokens, and all memory is {_gb(most)}"
+    )
+    return f"{fault}; {_remedy(model, config, backend, most)}; --force tries it all the same"
+
+
+def _remedy(model: str | Path, config: Config, backend: Backend, most: int) -> str:
+    """What fits `most` bytes: the largest preset of a conversion, as a command."""
+    target, params = TARGETS[backend.name], text_parameters(config)
+    # Half the bytes beside records, too, where the backend has such a type on this device.
+    halved = next(
+        (b for b in BACKENDS if (b.name, b.place) == (backend.name, backend.place) and b.compute == 2),
+        backend,
+    )
+    for kind in dict.fromkeys([backend, halved]):
+        option = "" if kind is backend else f" and --dtype {kind.dtype}"
+        sizes = {
+            name: least_memory(config, kind, preset_forms(words, params))
+            for name, words in PRESETS[target].items()
+        }
+        fitting = {name: size for name, size in sizes.items() if size <= most}
+        if fitting:
+            best = max(fitting, key=lambda name: fitting[name])
+            command = f"dgemma convert {shlex.quote(str(model))} DEST --to {target} --preset {best}"
+            return f"{command}{option} makes one of {_gb(fitting[best])}"
+    return f"no preset of dgemma convert fits, as the smallest takes {_gb(min(sizes.values()))}"
 
 
 def _gb(count: int) -> str:

@@ -40,6 +40,12 @@ def free_memory() -> int | None:
     return None if pages is None else pages * 3 // 4
 
 
+def peak_memory() -> int | None:
+    """Most bytes that this process has held, mapped files included; None where /proc does not tell."""
+    peak = _facts("proc/self/status").get("VmHWM")
+    return None if peak is None else 1024 * peak
+
+
 def _meminfo() -> dict[str, int]:
     """The lines of /proc/meminfo in bytes; empty elsewhere."""
     return {name: 1024 * value for name, value in _facts("proc/meminfo").items()}

@@ -19,7 +19,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from dgemma.engine.edit import Edited, edit
-from dgemma.engine.engine import Engine, Limits
+from dgemma.engine.engine import MAX_ROWS, Engine, Limits
 from dgemma.engine.events import Event
 from dgemma.engine.fill import ROWS, Filler, Watch
 from dgemma.engine.infill import Infilled, infill
@@ -28,6 +28,7 @@ from dgemma.engine.sampler import Step, refined
 from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.network.context import Context
+from dgemma.network.memory import forms_of, room
 from dgemma.network.ops import Ops
 from dgemma.network.runner import Runner
 from dgemma.network.weights import Weights
@@ -110,7 +111,13 @@ class Model(Runner):
         )  # fmt: skip
 
     def engine(self, **limits: Unpack[Limits]) -> Engine:
-        """An engine on this model: it takes requests at any time, from any thread. See `Engine`."""
+        """An engine on this model: it takes requests at any time, from any thread. See `Engine`.
+
+        Without `memory` its rows may take what is free now: see `dgemma.network.memory.room`.
+        """
+        if "memory" not in limits:
+            forms = forms_of(self.config, self.weights)
+            limits["memory"] = room(self.ops, self.config, limits.get("max_rows", MAX_ROWS), forms)
         return Engine(self, self._tokenizer, **limits)
 
     @cached_property

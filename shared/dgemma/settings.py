@@ -46,6 +46,10 @@ RANGES: dict[str, Range] = {
     "confidence": Range(0, 1_000_000_000, open_least=True),
     "max_new_tokens": Range(1, MAX_SIZE, whole=True),
     "soft_bound": Range(0, 1, open_most=True),
+    "threshold": Range(0, 1),
+    "top_k": Range(0, MAX_SIZE, whole=True),
+    "top_p": Range(0, 1, open_least=True),
+    "majority": Range(1, 1000, whole=True),
     "deadline": Range(0, 1_000_000_000, open_least=True),
     "max_rows": Range(1, 4096, whole=True),
     "seed": Range(0, 2**64 - 1, whole=True),
@@ -79,8 +83,9 @@ def shown(value: Any) -> str:
 
 
 class Settings(TypedDict, total=False):
-    """The fields of a `GenerationConfig` that a call may change; None keeps the old value."""
+    """What a call may change of a `GenerationConfig`; None keeps the old value. `speed` is one of SPEEDS."""
 
+    speed: str | None
     steps: int | None
     t_max: float | None
     t_min: float | None
@@ -91,6 +96,11 @@ class Settings(TypedDict, total=False):
     stop_ids: tuple[int, ...] | None
     soft_bound: float | None
     allow_empty: bool | None
+    threshold: float | None
+    top_k: int | None
+    top_p: float | None
+    early_stop: bool | None
+    majority: int | None
 
 
 @dataclass(frozen=True)
@@ -107,19 +117,28 @@ class GenerationConfig:
     stop_ids: tuple[int, ...]
     # No file has what follows.
     soft_bound: float = 0.0  # probability that a soft embedding may leave out; 0 is exact
-    allow_empty: bool = (
-        False  # whether a reply may begin with a stop id, or be padding: as the reference does
-    )
+    # Whether a reply may begin with a stop id, or be padding: as the reference does.
+    allow_empty: bool = False
+    # Each of these is off by default, which is the reference.
+    threshold: float = 0.0  # probability at which a step accepts a position, in place of the entropy bound
+    top_k: int = 0  # tokens that a sample is drawn from; 0 are all
+    top_p: float = 1.0  # probability that the tokens a sample is drawn from must reach
+    early_stop: bool = False  # whether what lies behind a stop id counts for nothing when a canvas ends
+    majority: int = 1  # last steps whose argmax canvases vote on what is committed
 
-    def override(self, **changes: Any) -> GenerationConfig:
-        """A copy with the given fields changed (None means unchanged), checked."""
+    def override(self, speed: str | None = None, **changes: Any) -> GenerationConfig:
+        """A copy with the given fields changed, checked; None means unchanged, or as in the set `speed`."""
+        if speed is not None:
+            if not isinstance(speed, str) or speed not in SPEEDS:
+                raise ConfigError(f"speed has the unusable value {shown(speed)}; known: {', '.join(SPEEDS)}")
+            changes = dict(SPEEDS[speed]) | {k: v for k, v in changes.items() if v is not None}
         known = {f.name for f in fields(self)}
         if unknown := set(changes) - known:
             raise ConfigError(
                 f"unknown sampler setting {sorted(unknown)[0]!r}; known: {', '.join(sorted(known))}"
             )
         given: dict[str, Any] = {
-            name: _OTHER[name](value) if name in _OTHER else number(name, value)
+            name: _OTHER[name](name, value) if name in _OTHER else number(name, value)
             for name, value in changes.items()
             if value is not None
         }
@@ -134,22 +153,35 @@ class GenerationConfig:
         return self
 
 
-def _stop_id_list(value: Any) -> tuple[int, ...]:
+# Named sets of settings; `benchmarks.tiny.evaluate --speed` measures them (docs/quality.md). The first is the
+# checkpoint's own numbers.
+SPEEDS: dict[str, Settings] = {
+    "quality": {},
+    "balanced": {"early_stop": True, "stability": 0},
+    "fast": {"early_stop": True, "stability": 0, "confidence": 0.02, "steps": 24},
+}
+
+
+def _stop_id_list(name: str, value: Any) -> tuple[int, ...]:
     ids: Any = value if isinstance(value, list | tuple) else [None]
     for id in ids:
         if not isinstance(id, Integral) or isinstance(id, bool) or not 0 <= int(id) <= MAX_SIZE:
-            raise ConfigError(f"stop_ids has the unusable value {shown(value)}")
+            raise ConfigError(f"{name} has the unusable value {shown(value)}")
     return tuple(int(id) for id in ids)
 
 
-def _flag(value: Any) -> bool:
+def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ConfigError(f"allow_empty has the unusable value {shown(value)}; it is true or false")
+        raise ConfigError(f"{name} has the unusable value {shown(value)}; it is true or false")
     return bool(value)
 
 
 # How fields that are no numbers are read.
-_OTHER: dict[str, Callable[[Any], Any]] = {"stop_ids": _stop_id_list, "allow_empty": _flag}
+_OTHER: dict[str, Callable[[str, Any], Any]] = {
+    "stop_ids": _stop_id_list,
+    "allow_empty": _flag,
+    "early_stop": _flag,
+}
 
 # The meaning of an absent or null value, as in every file that transformers saves untouched: transformers'
 # own defaults, which are the released numbers.

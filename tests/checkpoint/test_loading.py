@@ -13,11 +13,15 @@ from click.testing import CliRunner
 import dgemma
 from dgemma import loading, machine
 from dgemma.checkpoint.checkpoint import Checkpoint
+from dgemma.checkpoint.presets import PRESETS, preset_forms
 from dgemma.cli import main
 from dgemma.errors import BackendError, CheckpointError, ConfigError, DgemmaError
-from dgemma.network import memory
+from dgemma.files import load_json
+from dgemma.network.config import read_config
 from dgemma.network.numpy_ops import NumpyOps
 from dgemma.network.ops import Notices
+from dgemma.network.passes import Backend, find
+from dgemma.network.spec import text_parameters
 from dgemma.released import RELEASED_DIR
 from tests.checkpoints import make_checkpoint, small, write_json
 from tests.cli.test_verify import make_quantized
@@ -198,13 +202,14 @@ def test_the_released_model_on_numpy_is_refused_before_anything_is_fetched(
 ) -> None:
     hub = Hub(RELEASED_DIR, monkeypatch)
     machine_of(monkeypatch, 64 * 10**9)
-    refused(BackendError, "202.01 GB in float64", "64.00 GB", "=0", model="org/name", backend="numpy")
+    parts = "org/name: ", "206.44 GB in float64", "64.00 GB", "--to mlx --preset quality makes", "--force"
+    refused(BackendError, *parts, model="org/name", backend="numpy")
     assert hub.asked == ["small files"]
 
 
 def test_a_folder_without_weights_needs_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_of(monkeypatch, 64 * 10**9)
-    refused(BackendError, "202.01 GB", model=RELEASED_DIR, backend="numpy")
+    refused(BackendError, "206.44 GB", model=RELEASED_DIR, backend="numpy")
     machine_of(monkeypatch, 300 * 10**9)
     refused(CheckpointError, "safetensors", model=RELEASED_DIR, backend="numpy")
 
@@ -232,18 +237,19 @@ def test_what_is_known_without_the_framework(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    assert loading._dtype_on_host(backend, dtype, device) == held
+    found = loading._on_host(backend, dtype, device)
+    assert (found and (found.name, found.dtype)) == (held and (backend, held))
 
 
 def needed(folder: Path) -> int:
     checkpoint = Checkpoint.open(folder)
     forms = {name: source.form for name, source in checkpoint.sources.items()}
-    return memory.weight_bytes(checkpoint.config, memory.format_of("float64"), forms)
+    return loading.least_memory(checkpoint.config, find("numpy", "CPU", "float64"), forms)
 
 
 @pytest.mark.parametrize("form", [None, "modelopt", "affine", "fp8"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_the_limit_is_the_weights_as_they_are_held(
+def test_the_limit_is_what_a_small_context_takes(
     form: str | None, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_quantized(tmp_path, form, shards=shards) if form else make_checkpoint(tmp_path)
@@ -251,8 +257,7 @@ def test_the_limit_is_the_weights_as_they_are_held(
     dgemma.load(folder, "numpy")
     machine_of(monkeypatch, needed(folder) - 1)
     refused(BackendError, "in float64", model=folder, backend="numpy")
-    monkeypatch.setenv("DGEMMA_MEMORY_CHECK", "0")
-    dgemma.load(folder, "numpy")
+    dgemma.load(folder, "numpy", force=True)
 
 
 def test_forms_are_known_from_an_index_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +279,7 @@ def test_a_device_that_is_too_small_comes_before_the_weights(
     hub = Hub(make_checkpoint(tmp_path), monkeypatch)
     monkeypatch.setattr(NumpyOps, "total_memory", lambda self: 1000)
     machine_of(monkeypatch, None)
-    monkeypatch.setattr(loading, "_dtype_on_host", lambda *_: None)
+    monkeypatch.setattr(loading, "_on_host", lambda *_: None)
     refused(BackendError, "all memory is 0.00 GB", model="org/name", backend="numpy")
     assert hub.asked == ["small files", "framework"]
 
@@ -297,10 +302,39 @@ def test_memory_that_others_hold_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     assert "memory may run out" in text
 
 
-@pytest.mark.parametrize("value", ["no", "2", "off", " 0"])
-def test_a_senseless_switch(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DGEMMA_MEMORY_CHECK", value)
-    refused(BackendError, "DGEMMA_MEMORY_CHECK", model=RELEASED_DIR, backend="numpy")
+RELEASED = read_config(load_json(RELEASED_DIR / "config.json"))
+ON_A_MAC, ON_A_GPU = find("mlx", "GPU", "bfloat16"), find("cuda", "GPU", "float32")
+
+
+@pytest.mark.parametrize(
+    ("backend", "gigabytes", "said"),
+    [
+        (ON_A_MAC, 32, "--to mlx --preset quality makes"),
+        (ON_A_MAC, 24, "--to mlx --preset balanced makes"),
+        (ON_A_MAC, 14, "--to mlx --preset small makes"),
+        (ON_A_MAC, 8, "no preset of dgemma convert fits, as the smallest takes 12.49 GB"),
+        (ON_A_GPU, 24, "--to nvfp4 --preset quality makes"),
+        (ON_A_GPU, 19, "--to nvfp4 --preset small makes"),
+        (ON_A_GPU, 16, "--to nvfp4 --preset small and --dtype bfloat16 makes one of 15.89 GB"),
+    ],
+)
+def test_a_refusal_names_the_largest_preset_that_fits(backend: Backend, gigabytes: int, said: str) -> None:
+    text = loading.too_large("a b", RELEASED, backend, 10**12, gigabytes * 10**9)
+    assert said in text and "\n" not in text
+    sizes = {
+        loading.least_memory(RELEASED, backend, preset_forms(words, text_parameters(RELEASED)))
+        for words in PRESETS[loading.TARGETS[backend.name]].values()
+    }
+    if "--dtype" not in said and (fitting := [size for size in sizes if size <= gigabytes * 10**9]):
+        assert f"dgemma convert 'a b' DEST {said} one of {max(fitting) / 1e9:.2f} GB" in text
+
+
+def test_force_loads_what_exceeds_all_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine_of(monkeypatch, 1000)
+    command = ["generate", "--backend", "numpy", "--seed", "1", "--steps", "1", "--max-tokens", "1", "a"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1 and "--force tries it" in result.stderr
+    assert CliRunner().invoke(main, [*command, "--force"]).exit_code == 0
 
 
 # ---- the machine --------------------------------------------------------------------------------

@@ -193,9 +193,10 @@ def test_a_whole_request_for_openai_is_taken(model: Path) -> None:
     asked = {"messages": [{"role": "user", "content": 'Reverse "canvas".'}], "model": "m", "stream": True}
     data = asked | {"max_tokens": 3, "seed": 5, "n": 1, "stop": None, "response_format": {"type": "text"}}
     args = ("generate", "--model", str(model), "--backend", "numpy", "--json", "--messages", "-")
-    result = call(*args, stdin=json.dumps(data))
+    result = call(*args, stdin=json.dumps(data | {"top_p": 0.9}))
     reply = json.loads(result.stdout)
     assert (reply["tokens"], reply["seed"]) == (3, 5)
+    assert_one_line(call(*args, stdin=json.dumps({"messages": data["messages"], "top_p": 2})), 1, "top_p")
     assert "not used of the request: model, stream" in result.stderr
     options = call(*args, "--max-tokens", "4", "--seed", "6", stdin=json.dumps(data))
     reply = json.loads(options.stdout)

@@ -18,6 +18,7 @@ from dgemma.network.spec import text_parameters
 from dgemma.released import RELEASED_DIR
 from dgemma.reports import info
 from dgemma.reports.tables import amount
+from dgemma.tiny import MODEL_DIR
 from dgemma_convert import stream
 from dgemma_convert.plan import make_plan
 from tests.checkpoints import SMALL_VISION, make_checkpoint, small
@@ -53,18 +54,18 @@ def test_experts_count_as_active_by_the_share_a_token_takes(released: Config) ->
 def test_keys_and_values_by_hand(released: Config) -> None:
     # 25 sliding layers of 8 × 256, 5 full ones of 2 × 512; two arrays, two bytes.
     sliding, full = 25 * 2 * 8 * 256 * 2, 5 * 2 * 2 * 512 * 2
-    assert memory.kv_bytes(released, BF16, 100) == 100 * (sliding + full)
-    assert memory.kv_bytes(released, BF16, 100_000) == (1023 + 256) * sliding + 100_000 * full
-    assert memory.kv_bytes(released, F32, 5000) == 2 * memory.kv_bytes(released, BF16, 5000)
+    assert memory.kv_bytes(released, 2, 100) == 100 * (sliding + full)
+    assert memory.kv_bytes(released, 2, 100_000) == (1023 + 256) * sliding + 100_000 * full
+    assert memory.kv_bytes(released, 4, 5000) == 2 * memory.kv_bytes(released, 2, 5000)
     assert info.memory(released, BF16)["kv_per_1k_tokens_full"] == 1024 * full
 
 
 def test_the_vocabulary_plane_is_one_canvas_of_float32(released: Config) -> None:
     assert (
-        memory.vocabulary_bytes(released, BF16) == memory.vocabulary_bytes(released, F32) == 256 * 262_144 * 4
+        memory.vocabulary_plane(released, BF16) == memory.vocabulary_plane(released, F32) == 256 * 262_144 * 4
     )
-    assert memory.vocabulary_bytes(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
-    assert memory.vocabulary_bytes(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
+    assert memory.vocabulary_plane(replace(released, canvas_length=64), F64) == 64 * 262_144 * 8
+    assert memory.vocabulary_plane(replace(released, canvas_length=999), BF16) == 256 * 262_144 * 4
 
 
 def test_contexts_end_where_the_model_does(released: Config) -> None:
@@ -82,7 +83,7 @@ def test_what_numpy_holds_is_what_is_said(tokens: int, tmp_path: Path) -> None:
     model = Model(ops, checkpoint.config, checkpoint.generation, checkpoint.load(ops), None)
     (context,) = model.encode([np.arange(tokens) % 50])
     held = sum(context.arrays().values())
-    assert held == memory.kv_bytes(checkpoint.config, F64, tokens)
+    assert held == memory.kv_bytes(checkpoint.config, 8, tokens)
     loaded = sum(param.size for param in text_parameters(checkpoint.config)) * 8
     assert memory.weight_bytes(checkpoint.config, F64) == loaded
 
@@ -136,6 +137,42 @@ def test_the_command_prints_a_report_and_json() -> None:
     report = json.loads(runner.invoke(main, ["info", str(RELEASED_DIR), "--json"]).stdout)
     assert report["memory"][0]["dtype"] == "bfloat16"
     assert report["memory"][0]["total"]["1024"] > 50e9
+
+
+def test_a_run_is_predicted_by_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a process is measured, here by a stand-in: NumPy's is known, PyTorch is not installed."""
+    monkeypatch.setattr(info, "bare_process", lambda backend, folder: {"numpy": 5_000_000}.get(backend))
+    command, runner = ["info", str(MODEL_DIR), "--context", "100", "--rows", "3"], CliRunner()
+    report = json.loads(runner.invoke(main, [*command, "--json"]).stdout)["run"]
+    assert (report["rows"], report["context"]) == (3, 100)
+    peaks = {(p["backend"], p["device"], p["dtype"]): p for p in report["peaks"]}
+    numpy, torch = peaks["numpy", "CPU", "float64"], peaks["cuda", "CPU", "float32"]
+    config = read_config(load_json(MODEL_DIR / "config.json"))
+    assert numpy["contexts"] == 3 * memory.kv_bytes(config, 8, 100) and torch["process"] is None
+    parts = ("weights", "contexts", "canvases", "temporaries", "process")
+    assert all(p["total"] == sum(p[part] or 0 for part in parts) for p in peaks.values())
+    text = runner.invoke(main, command).stdout
+    assert "peak of 3 × 100 tokens" in text and "? is the process" in text and "5.0 MB" in text
+    assert max(map(len, text.splitlines())) < 140
+    assert json.loads(runner.invoke(main, ["info", str(MODEL_DIR), "--json"]).stdout)["run"] is None
+
+
+def test_a_process_without_a_model_is_measured() -> None:
+    assert 2e7 < (info.bare_process("numpy", MODEL_DIR) or 0) < 2e8
+    assert info.bare_process("nothing", MODEL_DIR) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (["--rows", "2"], 2, "--rows needs --context"),
+        (["--context", "4097"], 1, "--context 4097 exceeds the 4096 positions"),
+        (["--context", "0"], 2, "--context"),
+    ],
+)
+def test_runs_that_cannot_be(options: list[str], code: int, part: str) -> None:
+    result = CliRunner().invoke(main, ["info", str(MODEL_DIR), *options])
+    assert result.exit_code == code and part in result.stderr and not result.stdout
 
 
 @pytest.mark.parametrize(

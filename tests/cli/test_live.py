@@ -255,6 +255,16 @@ def test_drawing_neither_holds_the_engine_up_nor_falls_far_behind(monkeypatch: p
     assert 24 <= frames[1] < 150
 
 
+def test_a_cancelled_reply_is_not_drawn_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgemma.view.terminal.FRAME", 20)  # what is left would take minutes
+    target = console(force_terminal=True)
+    (reply,) = follow(
+        [*events(9)[:-2], done(reason="cancelled")], TerminalScreen(View(TOKENIZER, CONFIG), target)
+    )
+    assert reply.finish_reason == "cancelled"
+    assert "step" not in target.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_frame_takes_one_step_of_every_row() -> None:
     shown = TerminalScreen(View(TOKENIZER, CONFIG, rows=2), console(force_terminal=True))
     for step in (1, 2):

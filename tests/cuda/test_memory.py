@@ -19,8 +19,10 @@ from dgemma.formats.quantized import NVFP4, Form
 from dgemma.network import graph
 from dgemma.network.config import LayerConfig, read_config
 from dgemma.network.context import Context
-from dgemma.network.memory import FORMATS, kv_bytes
+from dgemma.network.memory import kv_bytes, predict
+from dgemma.network.passes import find
 from dgemma.network.runner import PREFILL_CHUNK
+from dgemma.network.spec import text_parameters
 from dgemma.released import RELEASED_DIR
 from dgemma.reports.tables import amount
 
@@ -175,6 +177,11 @@ def recording_bytes(ops: CudaOps, contexts: Sequence[Context]) -> int:
         return live.now
 
 
+def stored(forms: Mapping[str, Form]) -> dict[str, Form | None]:
+    """The forms of parameters by name, from those of classes."""
+    return {p.name: forms.get(p.group) if len(p.shape) > 1 else None for p in text_parameters(CONFIG)}
+
+
 def needed(ops: CudaOps, forms: Mapping[str, Form], tokens: int) -> dict[str, int]:
     """Bytes by part, of one row with so many tokens of context."""
     weights, context = random_weights(ops, CONFIG, forms, 0.0, 0), grown(ops, tokens)
@@ -189,6 +196,10 @@ def needed(ops: CudaOps, forms: Mapping[str, Form], tokens: int) -> dict[str, in
             prefill_bytes(ops, weights, grown(ops, tokens - PREFILL_CHUNK)), more
         ),
     }
+    predicted = predict(CONFIG, find("cuda", "GPU", "bfloat16"), 1, tokens, stored(forms))
+    assert 0.97 < predicted.total / sum(parts.values()) < 1.03, predicted
+    passes = parts["a recording of a step"] + parts["a pass, or a canvas's commit"]
+    assert 0.9 < predicted.temporaries / passes < 1.1, predicted
     lines = {**parts, "in all": sum(parts.values())}
     print("\n".join(f"{name:36}{amount(n):>10}" for name, n in lines.items()))
     return parts
@@ -228,8 +239,8 @@ def test_a_context_holds_what_its_tokens_need(ops: CudaOps) -> None:
     canvas = CONFIG.canvas_length
     for tokens in (1024, 4096, 8448):
         held, more = context_bytes(ops, tokens)
-        assert held == kv_bytes(CONFIG, FORMATS[0], tokens)
-        new = kv_bytes(CONFIG, FORMATS[0], canvas) * 2  # the arguments, and where they go
+        assert held == kv_bytes(CONFIG, 2, tokens)
+        new = kv_bytes(CONFIG, 2, canvas) * 2  # the arguments, and where they go
         pieces = [layer.past + canvas if layer.past else ops.piece_slots for layer in CONFIG.layers]
         sizes = [4 * x.kv_heads * x.head_dim * n for x, n in zip(CONFIG.layers, pieces, strict=True)]
         assert more <= new + max(sizes)
@@ -241,7 +252,7 @@ def test_a_context_holds_what_its_tokens_need(ops: CudaOps) -> None:
         for turn in turns:
             turn.append(keys_and_values(lambda layer: canvas))
         window = sum(n for n, layer in zip(sizes, CONFIG.layers, strict=True) if layer.past)
-        assert live.now - before <= 4 * (window + kv_bytes(CONFIG, FORMATS[0], canvas))
+        assert live.now - before <= 4 * (window + kv_bytes(CONFIG, 2, canvas))
 
 
 def test_what_is_counted() -> None:

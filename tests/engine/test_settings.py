@@ -12,7 +12,7 @@ import pytest
 
 import dgemma
 from dgemma.errors import ConfigError
-from dgemma.settings import RANGES, GenerationConfig
+from dgemma.settings import RANGES, SPEEDS, GenerationConfig
 from tests.checkpoints import make_checkpoint, small
 
 CONFIG = GenerationConfig(48, 0.8, 0.4, 0.1, 1, 0.005, 256, (1, 106))
@@ -100,6 +100,23 @@ def test_stop_ids() -> None:
 def test_temperatures_that_contradict_each_other() -> None:
     assert refused(t_max=0.1) == "t_max 0.1 must not be below t_min 0.4"
     assert refused(t_min=2) == "t_max 0.8 must not be below t_min 2.0"
+
+
+def test_a_speed_is_a_set_of_settings_and_a_setting_wins_over_it() -> None:
+    assert next(iter(SPEEDS)) == "quality" and CONFIG.override(speed="quality") == CONFIG
+    for name, own in SPEEDS.items():
+        assert CONFIG.override(speed=name) == CONFIG.override(**own)
+        assert CONFIG.override(speed=name, stability=3, steps=None).stability == 3
+    assert CONFIG.override(speed="fast", early_stop=False).early_stop is False
+    for value in ("slow", 3, "", ["fast"]):
+        assert "quality, balanced, fast" in refused(speed=value)
+
+
+@pytest.mark.parametrize("field", ["allow_empty", "early_stop"])
+def test_what_is_true_or_false(field: str) -> None:
+    assert getattr(CONFIG.override(**{field: True}), field) is True
+    for value in (1, 0, "true", 1.0, np.True_, []):
+        refused(**{field: value})
 
 
 # ---- seeds and ids ------------------------------------------------------------------------------

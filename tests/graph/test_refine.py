@@ -75,18 +75,30 @@ class Moment:
 PROMPT = tokens(0, 2, 30)
 
 
+def noises(seed: int, vocab: int) -> list[sampler.Noise]:
+    """The noise of the two rows of PROMPT."""
+    return [sampler.Noise(seed, row, 0, vocab) for row in (0, 1)]
+
+
+def drawn(rows: list[sampler.Noise], steps: list[int], length: int) -> list[np.ndarray]:
+    """Uniforms and tokens [B, L] of rows, each at its step."""
+    draws = [noise.draw(step, length) for noise, step in zip(rows, steps, strict=True)]
+    return [np.stack(part) for part in zip(*draws, strict=True)]
+
+
 def trajectory(name: str) -> Iterator[Moment]:
     """transformers' canvases for PROMPT, with our noise in place of its generator."""
     source = oracle(name)
     length = source.config.canvas_length
     reference = Reference(source.hf).encode(PROMPT)
-    noise = sampler.Noise(7, (0, 1), 0, source.vocab)
+    rows = noises(7, source.vocab)
     schedule = LinearTemperatureScheduleLogitsProcessor(CONFIG.t_min, CONFIG.t_max, STEPS)
-    canvas, previous = noise.start(STEPS, length), None
+    canvas, previous = np.stack([noise.start(STEPS, length) for noise in rows]), None
     for n in range(STEPS, 0, -1):
         logits = torch.as_tensor(reference.logits(canvas, previous))
         processed = schedule(None, logits, cur_step=n).numpy()
-        moment = Moment(canvas, previous, sampler.temperature(CONFIG, n), *noise.draw(n, length), processed)
+        uniforms, fresh = drawn(rows, [n, n], length)
+        moment = Moment(canvas, previous, sampler.temperature(CONFIG, n), uniforms, fresh, processed)
         yield moment
         canvas, previous = moment.next_canvas, processed
 
@@ -117,11 +129,11 @@ def test_steps_from_float64_state(backend: tuple[str, str], name: str) -> None:
     """24 steps, each from NumPy's float64 state: not one token differs in float32."""
     source = oracle(name)
     exact, model = our_model(NumpyOps(), source), our_model(make(backend), source)
-    noise = sampler.Noise(11, (0, 1), 0, source.vocab)
+    rows = noises(11, source.vocab)
     ours, theirs = model.encode(PROMPT), exact.encode(PROMPT)
-    canvas, step = noise.start(STEPS, 16), None
+    canvas, step = np.stack([noise.start(STEPS, 16) for noise in rows]), None
     for n in range(STEPS, 0, -1):
-        arguments = sampler.temperature(CONFIG, n), *noise.draw(n, 16)
+        arguments = sampler.temperature(CONFIG, n), *drawn(rows, [n, n], 16)
         before: Step | None = step
         step = exact.refine(theirs, canvas, before and before.soft, *arguments)
         other = model.refine(ours, canvas, before and before.soft, *arguments)
@@ -140,7 +152,7 @@ def test_only_a_bound_takes_the_vocabulary_out_of_the_compiled_step(ops: Ops) ->
     for bound in (0.0, 1e-3):
         step = model.refine(contexts, canvas, None, 0.7, uniforms, canvas, soft_bound=bound)
         seen.append(step)
-        assert reads.pop() == (4 if bound else 3, 32) and not reads
+        assert reads.pop() == (5 if bound else 4, 32) and not reads
         assert set(model._compiled) - before == {"denoise" if bound else "refine"}
         before = set(model._compiled)
     whole, some = seen
@@ -182,25 +194,14 @@ def test_stop_rule(stability: int) -> None:
     stopped = 0
     for seed in range(20):
         theirs = StableAndConfidentStoppingCriteria(stability, 0.005)
-        ours = sampler.Stop(replace(CONFIG, stability=stability, confidence=0.005), 4)
+        rows = [sampler.Stop(replace(CONFIG, stability=stability, confidence=0.005)) for _ in range(4)]
         for step, (canvas, logits) in enumerate(stop_sequence(seed, 4, 12)):
             expected = theirs(torch.as_tensor(canvas), torch.as_tensor(logits)).numpy()
-            done = ours(canvas, entropies(logits).astype(np.float32))
+            entropy = entropies(logits).astype(np.float32)
+            done = [stop(*of, np.ones(3, bool)) for stop, *of in zip(rows, canvas, entropy, strict=True)]
             np.testing.assert_array_equal(done, expected, f"seed {seed}, step {step}")
-            stopped += int(done.sum())
+            stopped += sum(done)
     assert 50 < stopped < 900, stopped
-
-
-def test_stop_rule_of_remaining_rows() -> None:
-    """`keep` forgets rows; the others decide as before."""
-    ours, kept = (sampler.Stop(replace(CONFIG, stability=2), 3) for _ in range(2))
-    rows = np.arange(3)
-    for step, (canvas, logits) in enumerate(stop_sequence(3, 3, 10)):
-        if step in (3, 6):
-            rows = rows[1:] if step == 3 else rows[:1]
-            kept.keep(np.array([1, 2] if step == 3 else [0]))
-        entropy = entropies(logits)
-        np.testing.assert_array_equal(kept(canvas[rows], entropy[rows]), ours(canvas, entropy)[rows])
 
 
 def test_stability_of_zero_is_a_setting() -> None:
@@ -217,8 +218,9 @@ def test_rows_are_alone_in_company(ops: Ops) -> None:
     And a step is what is seen and what the sampler makes of it.
     """
     model = our_model(ops, oracle("window"))
-    noise = sampler.Noise(3, (5, 6, 7), (0, 2, 1), model.config.vocab_size)
-    canvas, (uniforms, fresh) = noise.start(STEPS, 16), noise.draw((9, 2, 5), 16)
+    rows = [sampler.Noise(3, row, at, model.config.vocab_size) for row, at in ((5, 0), (6, 2), (7, 1))]
+    canvas = np.stack([noise.start(STEPS, 16) for noise in rows])
+    uniforms, fresh = drawn(rows, [9, 2, 5], 16)
     heat = np.array([0.45, 0.8, 0.6])
     contexts = model.encode([PROMPT[0], PROMPT[1][:7], PROMPT[1][:21]])
     signal = np.random.default_rng(0).normal(0, 0.3, (2, 16, model.config.hidden_size))

@@ -34,7 +34,8 @@ POINTERS = {
     "v": "*bf16", "temperature": "*fp32", "parts": "*fp32", "values": "*fp32", "uniforms": "*fp32",
     "top": "*fp32", "total": "*fp32", "shares": "*fp32", "dropped": "*fp32", "few_shares": "*fp32",
     "missing": "*fp32", "partial": "*fp32", "sums": "*fp32", "places": "*i32", "few_ids": "*i32",
-    "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64", "ends": "*i64",
+    "counts": "*i32", "few": "*i32", "dense": "*i32", "rows": "*i64", "ends": "*i64", "classes": "*i16",
+    "which": "*i64", "out": "*fp32",
 }  # fmt: skip
 FLOATS = {"cap", "limit", "most", "trace"}
 MULTIPLES = {"V", "D", "span", "keep", "window", "q_h", "q_n"}  # N is what a prompt leaves for a pass
@@ -47,12 +48,13 @@ def vocabulary_cases() -> Iterator[Case]:
     from dgemma_cuda.kernels import vocabulary as m
 
     splits = m.power_of_two(-(-V // m.WIDTH))
-    run = {"WIDTH": m.WIDTH, "TILE": m.TILE}
+    whole = {"WIDTH": m.WIDTH, "TILE": m.TILE}
+    runs = [whole | {"BIASED": biased} for biased in (False, True)]
     constants = {
-        "_statistics": [run],
-        "_draw": [run | {"SPLITS": splits}],
-        "_probabilities": [run | {"SOME": some} for some in (False, True)],
-        "_shortlist": [run],
+        "_statistics": runs,
+        "_draw": [run | {"SPLITS": splits} for run in runs],
+        "_probabilities": [run | {"SOME": some} for run in runs for some in (False, True)],
+        "_shortlist": runs,
         "_decide": [{"SPLITS": splits, "KEEP": m.power_of_two(m.Sparse().keep)}],
         "_product": [m.PRODUCT | {"EVEN": True, "INTERPRET": False}],
         "_collect": [{"COLUMNS": m.COLUMNS, "GATHERED": m.GATHERED}],
@@ -61,8 +63,10 @@ def vocabulary_cases() -> Iterator[Case]:
     for name, choices in constants.items():
         types = {"ids": "*i64"} if name == "_draw" else {"ids": "*i32"}
         for choice in choices:
-            tag = name + (" some" if choice.get("SOME") else "")
-            yield tag, getattr(m, name), types, choice, m.OPTIONS[name]
+            tag = name + "".join(f" {flag.lower()}" for flag in ("SOME", "BIASED") if choice.get(flag))
+            # Without a bias any arrays stand in its place.
+            none = {} if choice.get("BIASED") else {"classes": "*i64"}
+            yield tag, getattr(m, name), types | none, choice, m.OPTIONS[name]
 
 
 def attention_flags(C: int) -> Iterator[dict[str, bool]]:
@@ -143,7 +147,7 @@ def test_every_configuration_fits_every_architecture() -> None:
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 18 * len(LIMITS)
+    assert {line["sm"] for line in lines} == set(LIMITS) and len(lines) == 23 * len(LIMITS)
     bad = [
         line
         for line in lines

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Prediction
+from dgemma.network.ops import Bias, Prediction
 from dgemma.network.ops.vocabulary import logits
-from tests.compare import EPS, REFERENCE, close
+from tests.compare import EPS, REFERENCE, close, some_bias
 
 torch = pytest.importorskip("torch")
 
@@ -21,7 +21,7 @@ from dgemma_cuda.kernels import vocabulary  # noqa: E402
 # The interpreter's NumPy says that 2^(2x/softcap) overflows where tanh is 1.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
-NAMES = ("argmax", "sample", "entropy", "soft")
+NAMES = ("argmax", "sample", "entropy", "soft", "best")
 SOFTCAP, TEMPERATURE = 30.0, 0.7
 BELOW_ONE = np.float32(1 - 2.0**-24)
 
@@ -44,6 +44,7 @@ class Case:
     h: torch.Tensor
     table: torch.Tensor
     uniforms: torch.Tensor
+    bias: tuple[np.ndarray, ...] | None = None
 
     @classmethod
     def exact(
@@ -56,14 +57,27 @@ class Case:
 
     def kernel(self, temperature: float = TEMPERATURE) -> Prediction:
         t = torch.tensor(temperature, device=self.h.device)
-        return on_host(vocabulary.vocabulary(self.h, self.table, SOFTCAP, t, self.uniforms))
+        return on_host(vocabulary.vocabulary(self.h, self.table, SOFTCAP, t, self.uniforms, self.added))
+
+    @property
+    def added(self) -> Bias | None:
+        """The bias as the backend has it."""
+        from dgemma_cuda.ops import CudaOps
+
+        ops = CudaOps(self.h.device)
+        given = self.bias
+        return given and Bias(ops.asclasses(given[0]), ops.asarray(given[1]), ops.aswide(given[2]))
 
     def definition(self, temperature: float = TEMPERATURE) -> tuple[Prediction, np.ndarray]:
         """What the composite says of the very same numbers, and the probabilities."""
         args = (float64(self.h), float64(self.table), SOFTCAP, float(np.float32(temperature)))
-        z = logits(REFERENCE, *args[:3]) / args[3]
+        z, bias = logits(REFERENCE, *args[:3]) / args[3], None
+        if self.bias:
+            kinds, which, values = self.bias
+            z, bias = z + np.take_along_axis(values, kinds[which], -1), Bias(*self.bias)
         e = np.exp(z - z.max(-1, keepdims=True))
-        return REFERENCE.vocabulary(*args, float64(self.uniforms)), e / e.sum(-1, keepdims=True)
+        said = REFERENCE.vocabulary(*args, float64(self.uniforms), bias=bias)
+        return said, e / e.sum(-1, keepdims=True)
 
 
 def float64(x: torch.Tensor) -> np.ndarray:
@@ -81,27 +95,42 @@ def drawn(ours: Prediction, p: np.ndarray, uniforms: np.ndarray) -> None:
     none = (uniforms > 1 - 1e-6) & (ours.sample == ours.argmax)
     assert (none | (reach > uniforms - 1e-6)).all()
     assert (none | (reach - p[here, ids] <= uniforms + 1e-6)).all()
+    assert (p[here, ids] > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [5, 96, 97, 230])
 @pytest.mark.parametrize("scale", [0.05, 3.0, 20.0], ids=["flat", "mixed", "peaked"])
 def test_statistics(device: torch.device, scale: float, V: int, dtype: torch.dtype) -> None:
+    check_statistics(device, scale, V, dtype, biased=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("V", [5, 97, 230])
+def test_statistics_with_a_bias(device: torch.device, V: int, dtype: torch.dtype) -> None:
+    check_statistics(device, 3.0, V, dtype, biased=True)
+
+
+def check_statistics(device: torch.device, scale: float, V: int, dtype: torch.dtype, biased: bool) -> None:
     rng = np.random.default_rng(V)
     uniforms = np.r_[np.float32(0), BELOW_ONE, rng.random(2, dtype=np.float32)]
     case = Case.exact(device, scale * rng.standard_normal((4, V)), uniforms, dtype)
+    case.bias = some_bias(4, V, classes=300 if V == 230 else 5) if biased else None
     ours, (theirs, p) = case.kernel(), case.definition()
     np.testing.assert_array_equal(ours.argmax, theirs.argmax)
     drawn(ours, p, uniforms)
     np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=1e-4)
+    np.testing.assert_allclose(ours.best, p.max(-1), rtol=1e-4)
     close(ours.soft, theirs.soft, 2 * EPS[str(dtype)[6:]] + 1e-5, "soft embedding")
 
 
-def test_the_plain_twin_says_the_same(device: torch.device) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_plain_twin_says_the_same(device: torch.device, biased: bool) -> None:
     rng = np.random.default_rng(2)
     case = Case.exact(device, 3 * rng.standard_normal((9, 131)), rng.random(9))
-    ours = case.kernel()
-    twin = on_host(vocabulary.vocabulary_plain(case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms))
+    case.bias = some_bias(9, 131) if biased else None
+    ours, args = case.kernel(), (case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms, case.added)
+    twin = on_host(vocabulary.vocabulary_plain(*args))
     np.testing.assert_array_equal(ours.argmax, twin.argmax)
     np.testing.assert_array_equal(ours.sample, twin.sample)
     np.testing.assert_allclose(ours.entropy, twin.entropy, atol=1e-4)
@@ -220,7 +249,7 @@ def test_a_nan_row_stays_alone(device: torch.device, sparse: bool) -> None:
 
     def run(x: torch.Tensor) -> Prediction:
         if sparse:
-            return on_host(vocabulary.sparse_vocabulary(x, table, SOFTCAP, 0.7, uniforms)[0])
+            return on_host(vocabulary.sparse_vocabulary(x, table, SOFTCAP, 0.7, uniforms))
         return on_host(vocabulary.vocabulary(x, table, SOFTCAP, 0.7, uniforms))
 
     before = run(h)
@@ -243,27 +272,29 @@ def alternate(device: torch.device, V: int) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("most", "left_out", "V"),
-    [(0.0, 0, 128), (1e-3, 17, 110), (2.0, 34, 128)],  # 128: whole blocks of the product
-    ids=["all dense", "mixed", "all sparse"],
+    ("most", "left_out", "V", "biased"),
+    [(0.0, 0, 128, False), (1e-3, 17, 110, False), (2.0, 34, 128, False), (1e-3, None, 110, True)],
+    ids=["all dense", "mixed", "all sparse", "biased"],  # 128: whole blocks of the product
 )
 def test_sparse_soft_embedding_is_within_what_it_reports(
-    device: torch.device, most: float, left_out: int, V: int
+    device: torch.device, most: float, left_out: int | None, V: int, biased: bool
 ) -> None:
     case = alternate(device, V)
+    case.bias = some_bias(34, V) if biased else None
     args = (case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms)
     sparse = vocabulary.Sparse(ratio=1e-5, keep=6, missing=most)
-    said, reported = vocabulary.sparse_vocabulary(*args, sparse)
-    ours, missing, full = on_host(said), float64(reported), case.kernel()
-    for name in ("argmax", "sample", "entropy"):
+    said = vocabulary.sparse_vocabulary(*args, sparse, case.added)
+    ours, missing, full = on_host(said), float64(said.missing), case.kernel()
+    for name in ("argmax", "sample", "entropy", "best"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(full, name))
     theirs, _ = case.definition()
     largest = np.abs(float64(case.table)).max()
     error = np.abs(ours.soft - theirs.soft).max(-1)
     assert (error <= (missing + 2 * EPS["bfloat16"]) * largest).all()
-    assert (missing > 0).sum() == left_out and (missing <= most).all()
-    twin, expected = vocabulary.sparse_vocabulary_plain(*args, sparse)
-    np.testing.assert_allclose(missing, float64(expected), atol=1e-6)
+    assert (missing <= most).all()
+    assert (missing > 0).sum() == left_out if left_out is not None else 0 < (missing > 0).sum() < 34
+    twin = vocabulary.sparse_vocabulary_plain(*args, sparse, case.added)
+    np.testing.assert_allclose(missing, float64(twin.missing), atol=1e-6)
     close(ours.soft, on_host(twin).soft, 2 * EPS["bfloat16"], "soft embedding")
 
 
@@ -273,8 +304,8 @@ def test_sparse_rows_beyond_the_cap_keep_the_first_tokens(device: torch.device) 
     logits[0, [1, 2, 30, 31, 60, 61, 100, 150, 151, 229]] = 5.0
     case = Case.exact(device, logits, [0.5])
     sparse = vocabulary.Sparse(ratio=1e-3, keep=7, missing=0.5)
-    guess, missing = vocabulary.sparse_vocabulary(case.h, case.table, SOFTCAP, 0.7, case.uniforms, sparse)
-    np.testing.assert_allclose(float64(missing), [0.3], atol=1e-6)
+    guess = vocabulary.sparse_vocabulary(case.h, case.table, SOFTCAP, 0.7, case.uniforms, sparse)
+    np.testing.assert_allclose(float64(guess.missing), [0.3], atol=1e-6)
     np.testing.assert_allclose(float64(guess.soft), [[3.5]], rtol=2.0**-8)
 
 
@@ -284,7 +315,7 @@ def test_a_sure_row_is_sparse_and_says_so(device: torch.device) -> None:
     logits[0, 7] = 90.0
     args = Case.exact(device, logits, [0.5])
     for run in (vocabulary.sparse_vocabulary, vocabulary.sparse_vocabulary_plain):
-        _, missing = run(args.h, args.table, SOFTCAP, 0.2, args.uniforms)
+        missing = run(args.h, args.table, SOFTCAP, 0.2, args.uniforms).missing
         assert 0 < float(missing[0]) < 1e-20
 
 
@@ -294,9 +325,9 @@ def test_the_backend_leaves_out_what_it_may(device: torch.device) -> None:
     case, ops = alternate(device, 128), CudaOps(device, torch.bfloat16, kernels=True)
     args = (case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms)
     said = ops.vocabulary(*args, soft_bound=1e-3)
-    wanted, missing = vocabulary.sparse_vocabulary(*args, vocabulary.Sparse(missing=1e-3))
-    assert torch.equal(said.soft, wanted.soft) and torch.equal(said.missing, missing)
-    assert 0 < missing.max() <= 1e-3
+    wanted = vocabulary.sparse_vocabulary(*args, vocabulary.Sparse(missing=1e-3))
+    assert torch.equal(said.soft, wanted.soft) and torch.equal(said.missing, wanted.missing)
+    assert 0 < said.missing.max() <= 1e-3
     whole = ops.vocabulary(*args)
     assert whole.missing is None and torch.equal(whole.soft, vocabulary.vocabulary(*args).soft)
 

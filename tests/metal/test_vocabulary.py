@@ -15,26 +15,31 @@ import pytest
 
 from dgemma.formats.encode import quantize
 from dgemma.formats.quantized import MXFP4, MXFP8, NVFP4, Form, Quantized, affine
-from dgemma.network.ops import Ops, Prediction
+from dgemma.network.ops import Bias, Ops, Prediction
 from dgemma.network.ops.decoding import dense
 from dgemma.network.ops.vocabulary import logits
 from dgemma_mlx.kernels import vocabulary
 from dgemma_mlx.kernels.vocabulary import Running, Scale, Tile
 from dgemma_mlx.ops import MlxOps
-from tests.compare import EPS, REFERENCE, close
+from tests.compare import EPS, REFERENCE, close, some_bias
 from tests.metal import simulator
 
 pytestmark = pytest.mark.usefixtures("metal")
 
 F32, BF16, F16 = mx.float32, mx.bfloat16, mx.float16
 STEP = {F32: EPS["float32"], BF16: EPS["bfloat16"], F16: 2.0**-10}
-NAMES = ("argmax", "sample", "entropy", "soft")
+NAMES = ("argmax", "sample", "entropy", "soft", "best")
 SOFTCAP, TEMPERATURE = 30.0, 0.7
 UNIT = SOFTCAP / TEMPERATURE
 
 
-def scale(rows: int) -> Scale:
-    return vocabulary.scale_of(MlxOps(), SOFTCAP, TEMPERATURE, rows)
+def scale(rows: int, bias: Bias | None = None) -> Scale:
+    return vocabulary.scale_of(MlxOps(), SOFTCAP, TEMPERATURE, rows, bias)
+
+
+def on_device(bias: tuple[np.ndarray, ...]) -> Bias:
+    ops = MlxOps()
+    return Bias(ops.asclasses(bias[0]), ops.asarray(bias[1]), ops.aswide(bias[2]))
 
 
 BELOW_ONE = np.float32(1 - 2.0**-24)
@@ -83,23 +88,29 @@ def check_tile(tile: Tile, t: np.ndarray, a: int, runs: int, dtype: mx.Dtype) ->
 
 
 @both
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("W", [1, 7, 32, 129, 1000, 2085])
-def test_a_tile_after_another(W: int, dtype: mx.Dtype, step: vocabulary.Step) -> None:
+def test_a_tile_after_another(W: int, dtype: mx.Dtype, biased: bool, step: vocabulary.Step) -> None:
     """A narrower second tile: runs behind its end are empty. 1,024 tokens are a round of the kernel."""
     runs, N = -(-W // 32), 3
     raw = raw_logits((N, W), 8, dtype), raw_logits((N, W // 2 + 1), 9, dtype)
-    first = step(Running.start(N), raw[0], scale(N), 0, runs, dtype)
-    check_tile(first, bend(raw[0]), 0, runs, dtype)
-    second = step(first.running, raw[1], scale(N), W, runs, dtype)
-    check_tile(second, np.concatenate([bend(raw[0]), bend(raw[1])], 1), W, runs, dtype)
+    t, of = np.concatenate([bend(raw[0]), bend(raw[1])], 1), scale(N)
+    if biased:
+        kinds, which, values = some_bias(N, t.shape[1])
+        t += np.take_along_axis(values, kinds[which], -1) / UNIT
+        of = scale(N, on_device((kinds, which, values)))
+    first = step(Running.start(of), raw[0], of, 0, runs, dtype)
+    check_tile(first, t[:, :W], 0, runs, dtype)
+    second = step(first.running, raw[1], of, W, runs, dtype)
+    check_tile(second, t, W, runs, dtype)
     assert [x.dtype for x in fields(second)] == [F32] * 3 + [mx.int32, F32, dtype, F32]
 
 
 def test_kernel_and_twin_agree_on_a_row_of_equals() -> None:
     """Values at the cap: the ones that are not there behind the tile's end must not count."""
     raw, steps = mx.full((2, 45), -3e38), (vocabulary.tile, vocabulary.tile_plain)
-    ours, twin = (step(Running.start(2), raw, scale(2), 0, 2, F32) for step in steps)
+    ours, twin = (step(Running.start(scale(2)), raw, scale(2), 0, 2, F32) for step in steps)
     for a, b in zip(fields(ours), fields(twin), strict=True):
         np.testing.assert_array_equal(host(a), host(b))
     assert host(ours.masses)[:, 1:].tolist() == [[32, 13]] * 2 and host(ours.running.argmax).max() == 0
@@ -112,7 +123,7 @@ def test_the_argmax_is_the_first_of_equals(step: vocabulary.Step) -> None:
     raw = np.zeros((len(places), 1200), np.float32)
     for row, pair in zip(raw, places, strict=True):
         row[list(pair)] = 2.5
-    one = step(Running.start(len(raw)), mx.array(raw), scale(len(raw)), 0, 38, F32)
+    one = step(Running.start(scale(len(raw))), mx.array(raw), scale(len(raw)), 0, 38, F32)
     two = step(one.running, mx.array(raw), scale(len(raw)), 1200, 38, F32)
     for tile in (one, two):
         assert host(tile.running.argmax)[:, 0].tolist() == [pair[0] for pair in places]
@@ -121,32 +132,33 @@ def test_the_argmax_is_the_first_of_equals(step: vocabulary.Step) -> None:
 @both
 def test_infinite_logits_are_at_the_cap(step: vocabulary.Step) -> None:
     raw = mx.array([[np.inf, 3.0, -np.inf, np.inf], [-np.inf] * 4]).astype(F16)
-    tile = step(Running.start(2), raw, scale(2), 5, 1, F16)
+    tile = step(Running.start(scale(2)), raw, scale(2), 5, 1, F16)
     assert all(np.isfinite(host(x)).all() for x in fields(tile))
     assert host(tile.running.argmax)[:, 0].tolist() == [5, 5]
     np.testing.assert_allclose(host(tile.running.mass)[:, 0], [2, 4], rtol=1e-6)
 
 
-def launch(dtype: mx.Dtype) -> Tile:
+def launch(dtype: mx.Dtype, biased: bool) -> Tile:
     """Two rows of a round and a bit, on what an earlier tile left."""
-    before = vocabulary.tile_plain(Running.start(2), raw_logits((2, 40), 3, dtype), scale(2), 0, 34, dtype)
-    return vocabulary.tile(before.running, raw_logits((2, 1061), 3, dtype), scale(2), 40, 34, dtype)
+    of = scale(2, on_device(some_bias(2, 1101)) if biased else None)
+    before = vocabulary.tile_plain(Running.start(of), raw_logits((2, 40), 3, dtype), of, 0, 34, dtype)
+    return vocabulary.tile(before.running, raw_logits((2, 1061), 3, dtype), of, 40, 34, dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_the_order_of_threads_does_not_matter(simulated: None, dtype: mx.Dtype) -> None:
-    forward = launch(dtype)
+@pytest.mark.parametrize("dtype, biased", [(F32, False), (BF16, True), (F16, False)], ids=str)
+def test_the_order_of_threads_does_not_matter(simulated: None, dtype: mx.Dtype, biased: bool) -> None:
+    forward = launch(dtype, biased)
     for order in ("backward", "shuffled"):
         with simulator.installed(order=order):
-            other = launch(dtype)
+            other = launch(dtype, biased)
         for a, b in zip(fields(forward), fields(other), strict=True):
             assert mx.array_equal(a, b)
 
 
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers(simulated: None, sanitizer: str) -> None:
+@pytest.mark.parametrize("sanitizer, biased", [("thread", False), ("address", False), ("address", True)])
+def test_sanitizers(simulated: None, sanitizer: str, biased: bool) -> None:
     with simulator.recording() as calls:
-        launch(BF16)
+        launch(BF16, biased)
     assert simulator.sanitize(calls[0], sanitizer) == []
 
 
@@ -154,8 +166,9 @@ def test_sanitizers(simulated: None, sanitizer: str) -> None:
 def test_types(simulated: None, dtype: mx.Dtype) -> None:
     """Also of so few logits that MLX puts them into constant memory."""
     with simulator.recording() as calls:
-        launch(dtype)
-        vocabulary.tile(Running.start(1), mx.zeros((1, 3), dtype), scale(1), 0, 1, dtype)
+        launch(dtype, False)
+        launch(dtype, True)
+        vocabulary.tile(Running.start(scale(1)), mx.zeros((1, 3), dtype), scale(1), 0, 1, dtype)
     for call in calls:
         assert simulator.typecheck(call) == []
 
@@ -171,6 +184,7 @@ class Case:
     h: mx.array
     table: Any
     uniforms: mx.array
+    bias: tuple[np.ndarray, ...] | None = None
 
     @classmethod
     def exact(cls, logits: np.ndarray, uniforms: Any, width: int, dtype: mx.Dtype = F32) -> Case:
@@ -185,13 +199,13 @@ class Case:
 
     def say(self, step: vocabulary.Step, temperature: float = TEMPERATURE) -> Prediction:
         args = (self.ops, self.h, self.table, SOFTCAP, mx.array(temperature), self.uniforms, step)
-        guess = vocabulary.vocabulary(*args)
+        guess = vocabulary.vocabulary(*args, self.bias and on_device(self.bias))
         assert guess.soft.dtype == self.ops.dtype
         return on_host(guess)
 
     def say_sparse(self, step: vocabulary.Step, bound: float) -> Prediction:
         args = (self.ops, self.h, self.table, SOFTCAP, mx.array(TEMPERATURE), self.uniforms, step, bound)
-        guess = vocabulary.sparse_vocabulary(*args)
+        guess = vocabulary.sparse_vocabulary(*args, self.bias and on_device(self.bias))
         assert guess.soft.dtype == self.ops.dtype
         return replace(on_host(guess), missing=host(guess.missing))
 
@@ -200,7 +214,12 @@ class Case:
         table = self.table.map(numpy) if isinstance(self.table, Quantized) else numpy(self.table)
         args = numpy(self.h), dense(REFERENCE, table), SOFTCAP, float(np.float32(temperature))
         z = logits(REFERENCE, *args[:3]) / args[3]
-        return REFERENCE.vocabulary(*args, host(self.uniforms)), REFERENCE.softmax(z, -1)
+        if self.bias is None:
+            return REFERENCE.vocabulary(*args, host(self.uniforms)), REFERENCE.softmax(z, -1)
+        kinds, which, values = self.bias
+        z += np.take_along_axis(values, kinds[which], -1)
+        said = REFERENCE.vocabulary(*args, host(self.uniforms), bias=Bias(*self.bias))
+        return said, REFERENCE.softmax(z, -1)
 
 
 def numpy(x: mx.array) -> np.ndarray:
@@ -226,13 +245,28 @@ def drawn(ours: Prediction, p: np.ndarray, uniforms: Any, off: float = 1e-6) -> 
 @pytest.mark.parametrize("V, width", [(5, 96), (96, 96), (97, 32), (230, 41), (300, 7)])
 @pytest.mark.parametrize("scale", [0.05, 3.0, 20.0], ids=["flat", "mixed", "peaked"])
 def test_statistics(scale: float, V: int, width: int, dtype: mx.Dtype, step: vocabulary.Step) -> None:
+    check_statistics(scale, V, width, dtype, step, biased=False)
+
+
+@both
+@wide_or_not
+@pytest.mark.parametrize("V, width", [(5, 96), (97, 32), (230, 41)])
+def test_statistics_with_a_bias(V: int, width: int, dtype: mx.Dtype, step: vocabulary.Step) -> None:
+    check_statistics(3.0, V, width, dtype, step, biased=True)
+
+
+def check_statistics(
+    scale: float, V: int, width: int, dtype: mx.Dtype, step: vocabulary.Step, biased: bool
+) -> None:
     rng = np.random.default_rng(V)
     uniforms = np.r_[np.float32(0), BELOW_ONE, rng.random(2, dtype=np.float32)]
     case = Case.exact(scale * rng.standard_normal((4, V)), uniforms, width, dtype)
+    case.bias = some_bias(4, V, classes=300 if V == 230 else 5) if biased else None
     ours, (theirs, p) = case.say(step), case.definition()
     np.testing.assert_array_equal(ours.argmax, theirs.argmax)
     drawn(ours, p, case.uniforms)
     np.testing.assert_allclose(ours.entropy, theirs.entropy, atol=1e-4)
+    np.testing.assert_allclose(ours.best, p.max(-1), rtol=1e-4)
     close(ours.soft, theirs.soft, 2 * STEP[dtype] + 1e-5, "soft embedding")
 
 
@@ -421,9 +455,11 @@ def test_candidates_are_what_the_head_gives(form: Form, dtype: mx.Dtype) -> None
 @both
 @wide_or_not
 @pytest.mark.parametrize("form", [None, affine(8, 64), MXFP8], ids=str)
-@pytest.mark.parametrize("bound", [0.02, 0.999], ids=["some", "all sparse"])
+@pytest.mark.parametrize(
+    "bound, biased", [(0.02, False), (0.999, False), (0.02, True)], ids=["some", "all sparse", "biased"]
+)
 def test_a_sparse_soft_embedding(
-    bound: float, form: Form | None, dtype: mx.Dtype, step: vocabulary.Step
+    bound: float, biased: bool, form: Form | None, dtype: mx.Dtype, step: vocabulary.Step
 ) -> None:
     """Of a table that may be a record, with a last run and a last tile that are cut short."""
     rng, (N, V, D) = np.random.default_rng(17), (12, 150, 64)
@@ -431,6 +467,7 @@ def test_a_sparse_soft_embedding(
     case = Case.of(h, 0.3 * rng.standard_normal((V, D)), rng.random(N), 70, dtype)
     if form:
         case.table = record(numpy(case.table), form, "a row")
+    case.bias = some_bias(N, V) if biased else None
     case.ops.soft_tokens = 64
     full, some = case.say(step), case.say_sparse(step, bound)
     for name in NAMES[:3]:
@@ -486,12 +523,15 @@ def test_the_backend_launches_one_kernel_a_tile(
     case = Case.of(rng.standard_normal((7, 8)), rng.standard_normal((100, 8)), rng.random(7), 30, F32)
     ops = MlxOps(F32, kernels)
     ops.vocab_tile, ops.vocab_rows = 30, 4
-    with simulator.recording() as calls:
-        said = ops.vocabulary(case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms)
-    assert [call.kernel.name for call in calls] == ["dgemma_vocabulary_tile"] * launches
-    theirs, p = case.definition()
-    np.testing.assert_array_equal(host(said.argmax), theirs.argmax)
-    drawn(on_host(said), p, case.uniforms)
+    for bias, name in ((None, "tile"), (some_bias(7, 100), "tile_biased")):
+        case.bias = bias
+        given = case.h, case.table, SOFTCAP, TEMPERATURE, case.uniforms
+        with simulator.recording() as calls:
+            said = ops.vocabulary(*given, bias=bias and on_device(bias))
+        assert [call.kernel.name for call in calls] == [f"dgemma_vocabulary_{name}"] * launches
+        theirs, p = case.definition()
+        np.testing.assert_array_equal(host(said.argmax), theirs.argmax)
+        drawn(on_host(said), p, case.uniforms)
 
 
 def test_a_whole_vocabulary_draws_where_the_definition_does() -> None:

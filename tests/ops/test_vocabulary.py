@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.network.ops import Ops, Prediction
+from dgemma.network.ops import Bias, Ops, Prediction
+from dgemma.network.ops.few import Few, draw_few
 from dgemma.network.ops.vocabulary import logits
-from tests.compare import REFERENCE, backends, close, make, pair, rounding
+from tests.compare import REFERENCE, backends, close, make, pair, rounding, some_bias
 
-SOFTCAP, TEMPERATURE = 30.0, 0.7
+SOFTCAP, TEMPERATURE, FORBIDDEN = 30.0, 0.7, -1e30
 
 
 @pytest.fixture(params=backends("float32", "bfloat16", reference=True))
@@ -21,14 +22,22 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 
 
 def guess(
-    ops: Ops, h: np.ndarray, table: np.ndarray, uniforms: np.ndarray, soft_bound: float = 0.0
+    ops: Ops,
+    h: np.ndarray,
+    table: np.ndarray,
+    uniforms: np.ndarray,
+    soft_bound: float = 0.0,
+    bias: tuple[np.ndarray, ...] | None = None,
 ) -> tuple[Prediction, np.ndarray]:
-    """The backend's statistics on the host, and the exact logits / temperature of the same rounded input."""
+    """The backend's statistics on the host, and the exact processed logits of the same rounded input."""
     device, reference = pair(ops, h, table)
-    said = ops.vocabulary(*device, SOFTCAP, TEMPERATURE, ops.aswide(uniforms), soft_bound)
     z = logits(REFERENCE, *reference, SOFTCAP) / TEMPERATURE
+    if bias:
+        z += np.take_along_axis(bias[2], bias[0][bias[1]], -1)
+    on_device = bias and Bias(ops.asclasses(bias[0]), ops.asarray(bias[1]), ops.aswide(bias[2]))
+    said = ops.vocabulary(*device, SOFTCAP, TEMPERATURE, ops.aswide(uniforms), soft_bound, on_device)
     assert (said.missing is None) == (soft_bound == 0)
-    names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
+    names = ("argmax", "sample", "entropy", "soft", "best", *(["missing"] if soft_bound else []))
     return Prediction(*(ops.to_numpy(getattr(said, name)) for name in names)), z
 
 
@@ -37,19 +46,20 @@ def probabilities(z: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("scale", [0.05, 0.6, 3.0], ids=["flat", "mixed", "peaked"])
+@pytest.mark.parametrize("scale", [0.05, 0.6, 3.0, None], ids=["flat", "mixed", "peaked", "biased"])
 @pytest.mark.parametrize(
     "V, tile, N, rows", [(100, 32, 11, 4), (96, 32, 8, 8), (37, 64, 5, 256), (300, 7, 3, 1)]
 )
-def test_statistics(ops: Ops, V: int, tile: int, N: int, rows: int, scale: float):
+def test_statistics(ops: Ops, V: int, tile: int, N: int, rows: int, scale: float | None):
+    bias, scale = (some_bias(N, V) if scale is None else None), scale or 0.6
     rng = np.random.default_rng(V)
     ops.vocab_tile, ops.vocab_rows = tile, rows
     table = scale * rng.standard_normal((V, 24))
     uniforms = np.r_[0.0, 1 - 2.0**-24, rng.random(N)].astype(np.float32)[:N]
-    said, z = guess(ops, rng.standard_normal((N, 24)), table, uniforms)
+    said, z = guess(ops, rng.standard_normal((N, 24)), table, uniforms, bias=bias)
     p = probabilities(z)
     # A logit is off by one rounding, a probability relatively by twice that, the entropy H by H of that.
-    off = 2 * max(rounding(ops) / 2, 1e-6) * np.abs(z).max(-1)
+    off = 2 * max(rounding(ops) / 2, 1e-6) * np.abs(np.where(z < -1e29, 0, z)).max(-1)
     here = np.arange(N)
     assert (z[here, said.argmax] >= z.max(-1) - off).all()
     # The first token whose cumulative probability exceeds the uniform, or where rounding leaves none, argmax.
@@ -58,7 +68,8 @@ def test_statistics(ops: Ops, V: int, tile: int, N: int, rows: int, scale: float
     none = (uniforms > 1 - 1e-6) & (said.sample == said.argmax)
     assert (none | (reach[here, said.sample] >= uniforms - off - 1e-6)).all()
     assert (reach[here, said.sample] - p[here, said.sample] <= uniforms + off + 1e-6).all()
-    assert said.sample[0] == 0
+    assert (p[here, said.sample] > 0).all() and (bias or said.sample[0] == 0)
+    close(said.best, p.max(-1), off.max() + 1e-5, "probability of the best")
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
     assert (np.abs(said.entropy - entropy) <= off * (1 + entropy) + 1e-5).all()
     soft = p @ pair(ops, table)[1][0]
@@ -144,12 +155,60 @@ def test_entropy_at_its_ends(ops: Ops, V: int):
     assert 0 <= sure.entropy[0] < 1e-6
 
 
+# ---- samples from a few tokens ------------------------------------------------------------------
+
+
+def few_kept(z: np.ndarray, few: Few) -> np.ndarray:
+    """Which tokens [V] of a row of z stay, by sorting: equals of the last one, too."""
+    p, order = probabilities(z), np.sort(z)[::-1]
+    floor = order[few.k - 1] if 0 < few.k <= len(z) else -np.inf
+    if few.p < 1:
+        enough = np.cumsum(np.sort(p)[::-1]) >= few.p - 1e-12
+        floor = max(floor, order[np.argmax(enough)])
+    return z >= floor - 1e-9
+
+
+@pytest.mark.parametrize("few", [Few(1, 1.0), Few(7, 1.0), Few(500, 1.0), Few(0, 0.5), Few(9, 0.8)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_samples_of_few_tokens(ops: Ops, few: Few, biased: bool):
+    """Each token as often as its share of what the few have, to within one; and none but the few."""
+    rng, M, V = np.random.default_rng(7), 300, 40
+    ops.vocab_tile, ops.vocab_rows = 9, 128
+    # Logits that every format holds, some of them equal.
+    row = np.round(np.linspace(3, -8, V) * 4) / 4
+    row[[4, 6]] = row[5]
+    table = np.stack([rng.permutation(row)], 1)
+    kinds, _, values = some_bias(1, V)
+    values[0, :-1] = 2, -1, FORBIDDEN, 0
+    uniforms = np.tile((np.arange(M) + 0.5) / M, 2)
+    device, reference = pair(ops, np.ones((2 * M, 1)), table)
+    z = logits(REFERENCE, reference[0][:1], reference[1], None)[0] / TEMPERATURE
+    added = None
+    if biased:
+        z = z + values[0, kinds[0]]
+        of = ops.asarray(np.zeros(2 * M, np.int64)), ops.aswide(np.tile(values, (2 * M, 1)))
+        added = Bias(ops.asclasses(kinds), *of)
+    drawn = draw_few(
+        ops, *device, None, ops.aswide(np.full(2 * M, TEMPERATURE)), ops.aswide(uniforms),
+        [few, None], ops.asarray(np.arange(2 * M)), added,
+    )  # fmt: skip
+    samples = ops.to_numpy(drawn)
+    np.testing.assert_array_equal(samples[M:], np.arange(M, 2 * M))  # the row that asks for nothing
+    p = np.where(few_kept(z, few), probabilities(z), 0)
+    counts = np.bincount(samples[:M], minlength=V)
+    assert (counts[p == 0] == 0).all()
+    assert few.k in (0, 500) or (p > 0).sum() <= few.k + 2
+    assert np.abs(counts - M * p / p.sum()).max() <= 1.01 + M * 1e-4
+
+
 # ---- soft embeddings that leave something out ---------------------------------------------------
 
 
-@pytest.mark.parametrize("bound", [1e-5, 1e-3, 0.05, 0.999])
+@pytest.mark.parametrize("bound, biased", [(1e-5, False), (1e-3, False), (0.05, True), (0.999, False)])
 @pytest.mark.parametrize("V, tile, rows", [(300, 300, 64), (300, 41, 7), (97, 32, 64)])
-def test_a_soft_embedding_leaves_out_what_it_reports(ops: Ops, V: int, tile: int, rows: int, bound: float):
+def test_a_soft_embedding_leaves_out_what_it_reports(
+    ops: Ops, V: int, tile: int, rows: int, bound: float, biased: bool
+):
     """Rows from flat to sure; a sparse one is off by what is missing, a dense one not at all."""
     rng, N = np.random.default_rng(V), 24
     ops.vocab_tile, ops.vocab_rows, ops.soft_tokens = tile, rows, 64
@@ -158,13 +217,15 @@ def test_a_soft_embedding_leaves_out_what_it_reports(ops: Ops, V: int, tile: int
     directions = rng.standard_normal((N, 16))
     directions[1::2] = table[rng.integers(0, 3, N // 2)] / 12
     h = np.linspace(0.1, 3, N)[:, None] * directions
-    (full, z), (some, _) = (guess(ops, h, table, np.full(N, 0.5), b) for b in (0.0, bound))
+    bias = some_bias(N, V) if biased else None
+    (full, z), (some, _) = (guess(ops, h, table, np.full(N, 0.5), b, bias) for b in (0.0, bound))
     for name in ("argmax", "sample", "entropy"):
         np.testing.assert_array_equal(getattr(some, name), getattr(full, name))
     missing, sparse = some.missing, some.missing > 0
     assert ((missing >= 0) & (missing <= bound)).all()
     assert sparse.all() if bound == 0.999 else sparse.any() and not sparse.all()
-    off = 2 * max(rounding(ops) / 2, 1e-6) * np.abs(z).max(-1)  # relatively, of a probability
+    # Relatively, of a probability.
+    off = 2 * max(rounding(ops) / 2, 1e-6) * np.abs(np.where(z < -1e29, 0, z)).max(-1)
     error, largest = np.abs(some.soft - full.soft).max(-1), np.abs(table).max()
     assert (error <= (missing + sparse * off + 2 * rounding(ops) + 1e-6) * largest).all()
     # No 64 tokens leave out less than the most probable ones.
@@ -224,6 +285,7 @@ def test_memory_mlx(rows: int):
     ops.vocab_tile, ops.vocab_rows = V // 32, rows
     arrays = [mx.array(x.astype(np.float32)) for x in problem()]
     mx.eval(arrays)
+    mx.clear_cache()  # of other tests' buffers, which may be larger than what is asked for
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     said = ops.vocabulary(*arrays[:2], SOFTCAP, TEMPERATURE, arrays[2])

@@ -10,9 +10,8 @@ import click
 from rich.console import Console
 
 from dgemma.commands.errors import HELP, OUT_OF_MEMORY, OneLine, is_out_of_memory, out_of_memory
-from dgemma.commands.opened import check_stops, check_temperatures, open_model
+from dgemma.commands.opened import check_stops, check_temperatures, named_as_typed, open_model
 from dgemma.commands.options import (
-    as_typed,
     conversation_options,
     ending_options,
     model_options,
@@ -27,7 +26,7 @@ from dgemma.commands.requests import read_line, read_tools_file
 from dgemma.commands.session import Output, Session, Wanted
 from dgemma.commands.streams import check_stdout, note
 from dgemma.engine.conversation import Conversation, user
-from dgemma.engine.engine import Engine
+from dgemma.engine.engine import Limits
 from dgemma.engine.request import check_positions
 from dgemma.errors import DgemmaError, visible
 from dgemma.loading import Small
@@ -52,6 +51,7 @@ def chat(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     live: bool | None,
     stats: bool,
@@ -83,18 +83,21 @@ def chat(
 
     console = stderr_console()
     loaded = open_model(
-        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
-    )
+        console, model, check,
+        backend=backend, dtype=dtype, device=device, activations=activations, force=force,
+    )  # fmt: skip
     typed = bool(sys.stdin and sys.stdin.isatty() and sys.stderr.isatty())
     output = Output(model, console, is_live(live, as_json, console), as_json, stats)
-    with Engine(loaded, loaded.tokenizer, max_rows=1) as engine:
+    limits: Limits = {"max_rows": 1, "memory": None} if force else {"max_rows": 1}
+    with loaded.engine(**limits) as engine:
         wanted = Wanted(loaded.generation.override(**settings), seed, stop, deadline)
         session = Session(engine, loaded, output, conversation, wanted)
         if typed:
             _talk(session, _terminal(console))
         else:
             while session.open and (line := read_line()) is not None:
-                session.take(line)
+                with named_as_typed():
+                    session.take(line)
 
 
 def _talk(session: Session, read: Callable[[], str]) -> None:
@@ -103,12 +106,12 @@ def _talk(session: Session, read: Callable[[], str]) -> None:
     while session.open:
         try:
             line = read()
-            with interrupts(session.cancel):
+            with interrupts(session.cancel), named_as_typed():
                 session.take(line)
         except EOFError:
             return
         except DgemmaError as error:
-            note(f"dgemma: error: {visible(as_typed(str(error)))}")
+            note(f"dgemma: error: {visible(str(error))}")
         except OUT_OF_MEMORY as error:
             if not is_out_of_memory(error):
                 raise

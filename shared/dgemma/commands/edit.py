@@ -41,6 +41,7 @@ def edit(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     as_json: bool,
     **settings: Any,
@@ -72,8 +73,9 @@ def edit(
 
     console = stderr_console()
     loaded = open_model(
-        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
-    )
+        console, model, check,
+        backend=backend, dtype=dtype, device=device, activations=activations, force=force,
+    )  # fmt: skip
     with about(file), progress_bar(console, "reading the prompt") as bar:
         done = loaded.edit(text, instruction, regions=regions, seed=seed, watch=bar, **settings)
     diff = difference(text, done.text, title(file))

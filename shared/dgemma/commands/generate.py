@@ -48,6 +48,7 @@ def generate(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     live: bool | None,
     stats: bool,
@@ -96,8 +97,9 @@ def generate(
 
     console = stderr_console()
     loaded = open_model(
-        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
-    )
+        console, model, check,
+        backend=backend, dtype=dtype, device=device, activations=activations, force=force,
+    )  # fmt: skip
     rows, sampler = encoded(loaded.tokenizer), loaded.generation.override(**settings)
     events = loaded.generate(rows, seed=seed, stop=stop, deadline=deadline, max_rows=max_rows, **settings)
     replies = watch(loaded, sampler, events, len(rows), is_live(live, as_json, console), console)

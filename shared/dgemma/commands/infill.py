@@ -52,6 +52,7 @@ def infill(
     dtype: str | None,
     activations: str | None,
     device: str | None,
+    force: bool,
     seed: int | None,
     as_json: bool,
     **settings: Any,
@@ -90,8 +91,9 @@ def infill(
 
     console = stderr_console()
     loaded = open_model(
-        console, model, check, backend=backend, dtype=dtype, device=device, activations=activations
-    )
+        console, model, check,
+        backend=backend, dtype=dtype, device=device, activations=activations, force=force,
+    )  # fmt: skip
     with about(file), progress_bar(console, "reading the prompt") as bar:
         done = loaded.infill(text, holes, instruction=instruction, seed=seed, watch=bar, **settings)
     if as_json:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -30,6 +31,15 @@ def check_stops(stop: tuple[str, ...]) -> None:
         raise click.BadParameter("an empty text ends nothing.", param_hint="--stop")
 
 
+@contextmanager
+def named_as_typed() -> Iterator[None]:
+    """Errors of settings in here have the names of options."""
+    try:
+        yield
+    except (ConfigError, PromptError) as error:
+        raise type(error)(as_typed(str(error))) from None
+
+
 def open_model(console: Console, model: str | None, check: Callable[[Small], None], **options: Any) -> Model:
     """The loaded model; `options` are those of `load`. A bar on the console shows how far it is.
 
@@ -37,10 +47,8 @@ def open_model(console: Console, model: str | None, check: Callable[[Small], Non
     """
 
     def checked(small: Small) -> None:
-        try:
+        with named_as_typed():
             check(small)
-        except (ConfigError, PromptError) as error:
-            raise type(error)(as_typed(str(error))) from None
 
     with progress_bar(console, "loading weights") as progress:
         if model is None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from dgemma.backends import ACTIVATIONS, BACKENDS, DTYPES
-from dgemma.settings import RANGES
+from dgemma.settings import RANGES, SPEEDS
 
 
 class Whole(click.IntRange):
@@ -164,6 +164,7 @@ model_options = _options(
         help="Quantize what goes into experts in NVFP4, too: answers change. Blackwell only.",
     ),
     click.option("--device", metavar="NAME", help="A torch device, such as cuda:1; cuda backend only."),
+    click.option("--force", is_flag=True, help="Load a model that exceeds all memory."),
 )
 
 
@@ -171,9 +172,14 @@ def number_option(name: str, kind: click.ParamType, help: str, *field: str) -> C
     return click.option(name, *field, type=kind, metavar="N", help=help)
 
 
-# Options have the names of GenerationConfig's fields. The checkpoint's number holds for a missing one.
+# Options have the names of GenerationConfig's fields. The checkpoint's value holds for a missing one.
 seed_option = number_option("--seed", _setting("seed"), "Makes the reply repeatable.  [default: drawn anew]")
 step_options = _options(
+    click.option(
+        "--speed",
+        type=click.Choice(list(SPEEDS)),
+        help="A set of what follows; each option wins over it. quality is the checkpoint's own.",
+    ),
     number_option("--steps", _setting("steps"), "Denoising steps a canvas at most."),
     number_option("--entropy-bound", _setting("entropy_bound"), "Nats of doubt that one step may accept."),
     number_option("--t-max", _setting("t_max"), "Temperature that a canvas begins with."),
@@ -182,6 +188,33 @@ step_options = _options(
         "--confidence", _setting("confidence"), "Mean entropy in nats below which a stable canvas is done."
     ),
     number_option("--stability", _setting("stability"), "Steps for which a canvas must not have changed."),
+    click.option(
+        "--early-stop/--no-early-stop",
+        default=None,
+        help="A canvas is done when it is stable and sure up to its first stop token; what lies behind does "
+        "not count.",
+    ),
+    number_option(
+        "--threshold",
+        _setting("threshold"),
+        "Accept positions whose best token has this probability, in place of the entropy bound; 0 is off.",
+    ),
+    number_option(
+        "--top-k", _setting("top_k"), "Draw a position's sample from its N most probable tokens; 0 is all."
+    ),
+    number_option(
+        "--top-p",
+        _setting("top_p"),
+        "Draw a position's sample from the fewest tokens whose probabilities reach N.",
+    ),
+    number_option(
+        "--majority", _setting("majority"), "Last steps of a canvas that vote on its tokens; 1 is the last."
+    ),
+    click.option(
+        "--allow-empty/--no-allow-empty",
+        default=None,
+        help="Let a reply end at once, or be padding, as the reference does.",
+    ),
     number_option(
         "--soft-bound",
         _setting("soft_bound"),

@@ -22,6 +22,7 @@ _SETTINGS = {
     "max_completion_tokens": "max_new_tokens",
     "seed": "seed",
     "stop": "stop",
+    "top_p": "top_p",
 }
 # What would make another answer: it is refused unless it asks for what is done anyway.
 _REFUSED: dict[str, tuple[Any, ...]] = {

@@ -86,8 +86,9 @@ class Session:
 
     def cancel(self) -> None:
         """End the reply under way, from a signal's handler or another thread."""
-        if self._handle:
-            self._handle.cancel()
+        handle = self._handle
+        if handle:
+            handle.cancel()
 
     # ---- a turn ---------------------------------------------------------------------------------
 
@@ -132,16 +133,14 @@ class Session:
         if given.open_calls:
             self.conversation = given
             name = visible(given.open_calls[0]["function"]["name"])
-            note(f"dgemma: {len(given.open_calls)} calls still wait; the next is {name}")
+            note(f"dgemma: calls that wait for a result: {len(given.open_calls)}, the next is {name}")
         else:
             self._ask(given)
 
     def retry(self, text: str) -> None:
-        again = (
-            self.conversation.extended(*self._unanswered)
-            if self._unanswered
-            else self.conversation.question()
-        )
+        again = self.conversation.question()
+        if self._unanswered:
+            again = self.conversation.extended(*self._unanswered)
         if again is None:
             raise PromptError("nothing was asked yet")
         self._ask(again)
@@ -198,7 +197,7 @@ class Session:
             raise PromptError("there is nothing to save yet")
         tools = {"tools": self.conversation.tools} if self.conversation.tools else {}
         write_json(path, {"messages": self.conversation.messages, **tools})
-        note(f"dgemma: {len(self.conversation.messages)} messages are in {visible(path)}")
+        note(f"dgemma: messages in {visible(path)}: {len(self.conversation.messages)}")
 
     def load(self, path: str) -> None:
         if not path:
@@ -220,7 +219,7 @@ class Session:
             if self.conversation.question() == self.conversation
             else ""
         )
-        note(f"dgemma: {len(messages)} messages are loaded{waits}")
+        note(f"dgemma: messages loaded: {len(messages)}{waits}")
 
     # ---- words ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ L canvas positions  D hidden
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,7 @@ class Canvas:
         self.done = not self.free.any()
         whole = (self.begin[self.free] != FREE).all()
         self._stop = sampler.Stop(self.settings, self.argmax if whole else None)
+        self._last: deque[np.ndarray] = deque(maxlen=self.settings.majority)
 
     @property
     def left(self) -> int:
@@ -66,15 +68,19 @@ class Canvas:
         """
         noise = self.noise.draw(self.left, len(self.pins))[1]
         entropy = seen.entropy[row]
+        best = None if seen.best is None else seen.best[row, self.free]
         accepted = np.zeros(len(self.pins), bool)
-        accepted[self.free] = sampler.accept(entropy[None, self.free], self.settings.entropy_bound)[0]
+        accepted[self.free] = sampler.kept(self.settings, entropy[self.free], best)
         # Nothing is frozen: a position that is not accepted now gets noise again, whatever it had before.
         self.tokens = self._pinned(np.where(accepted, seen.sample[row], noise))
         self.argmax = self._pinned(seen.argmax[row])
         self.soft = seen.soft[row]
         self.step += 1
+        self.done = self._stop(self.argmax, entropy, self.free) or not self.left
         # The argmax is committed, never the sample.
-        self.done = self._stop(self.argmax, entropy[self.free]) or not self.left
+        self._last.append(self.argmax)
+        if self.done:
+            self.argmax = sampler.majority(list(self._last))
         return accepted, entropy.astype(np.float32)
 
     def _pinned(self, tokens: np.ndarray) -> np.ndarray:

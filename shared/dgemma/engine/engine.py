@@ -21,12 +21,16 @@ from dgemma.engine.handle import Handle
 from dgemma.engine.prefix import Prefixes
 from dgemma.engine.request import Request
 from dgemma.engine.row import Row
+from dgemma.engine.sampler import few
 from dgemma.errors import DgemmaError, PromptError, QueueFullError
 from dgemma.network.context import Context
-from dgemma.network.memory import format_of, row_bytes
+from dgemma.network.memory import row_bytes
+from dgemma.network.passes import backend_of
 from dgemma.network.runner import PREFILL_CHUNK, Runner, shares
 from dgemma.text.reply import ReplyParser
 from dgemma.text.tokenizer import Tokenizer
+
+MAX_ROWS = 8  # of an engine that is not told
 
 
 class Limits(TypedDict, total=False):
@@ -74,7 +78,7 @@ class Engine:
         runner: Runner,
         tokenizer: Tokenizer | None,
         *,
-        max_rows: int = 8,
+        max_rows: int = MAX_ROWS,
         memory: int | None = None,
         queue: int = 256,
         prefill: int = PREFILL_CHUNK,
@@ -122,8 +126,7 @@ class Engine:
 
     def needs(self, request: Request) -> int:
         """Bytes that a request may come to take beside the weights."""
-        ops = self.runner.ops
-        return row_bytes(self.runner.config, format_of(ops.dtype_name), request.positions)
+        return row_bytes(self.runner.config, backend_of(self.runner.ops), request.positions)
 
     @property
     def running(self) -> int:
@@ -177,8 +180,8 @@ class Engine:
                 if self.memory is not None and self.reserved + needed > self.memory:
                     return
                 row, handle = self._waiting.popleft()
+                self.reserved += needed
                 self._rows.append((row, handle))
-            self.reserved += needed
             self._enter(row, handle)
 
     def _enter(self, row: Row, handle: Handle) -> None:
@@ -236,6 +239,7 @@ class Engine:
             np.stack([canvas.uniforms() for canvas in canvases]),
             min(row.soft_bound for row, _ in live),
             [row.bias() for row, _ in live],
+            [few(row.request.settings) for row, _ in live],
         )
         spent = time.perf_counter() - began
         for place, (row, handle) in enumerate(live):

@@ -25,7 +25,7 @@ class Constraint(Protocol):
     """
 
     def bias(self, canvas: int, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray] | None:
-        """Classes [V] int and values [L, C] for the next step of a canvas; None changes nothing.
+        """Classes [V] int below 2^15 and values [L, C] for the next step of a canvas; None changes nothing.
 
         `last` [L] is the argmax canvas of the step before, None at the first step. The array of classes
         should be the same object every time: it stays on the device.

@@ -15,8 +15,9 @@ from dgemma.engine.canvas import Canvas, is_degenerate
 from dgemma.engine.events import Committed, Done, Draft, Event, Prefill, Stats
 from dgemma.engine.request import FREE, Request
 from dgemma.engine.stops import StopTexts
+from dgemma.network.bias import RowBias
 from dgemma.network.context import Context
-from dgemma.network.runner import RowBias, Runner, Seen
+from dgemma.network.runner import Runner, Seen
 from dgemma.text.reply import Reply, ReplyParser, joined
 
 
@@ -75,7 +76,9 @@ class Row:
                 request.seed, request.id, self.canvases, self.runner.config.vocab_size, self.attempt
             )
             start = self.canvases * L
-            pins, draft = (_part(tokens, start, L) for tokens in (request.pins, request.draft))
+            # Begun again, a canvas begins with noise: the draft may be what said nothing.
+            begin = () if self.attempt else request.draft
+            pins, draft = (_part(tokens, start, L) for tokens in (request.pins, begin))
             self.canvas = Canvas(request.settings, noise, pins, draft)
         return self.canvas
 

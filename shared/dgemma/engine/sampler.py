@@ -1,8 +1,8 @@
 """The entropy-bound sampler, once, in NumPy over small arrays, for every backend.
 
 Randomness is counter-based: a number depends on (seed, row id, canvas, step) and on nothing else. So the
-same seed gives the same noise on every backend, and a row does not notice its company. Every rule comes from
-model.md, "The sampler (entropy bound), exactly". Steps count *down* from N to 1.
+same seed gives the same noise on every backend, and a row does not notice its company. Steps count *down*
+from N to 1. By default every rule is the reference's; the other choices are off unless asked for.
 
     B rows  L canvas positions  D hidden
 """
@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from dgemma.network.bias import RowBias
 from dgemma.network.ops import Array
-from dgemma.network.runner import RowBias, Seen
+from dgemma.network.ops.few import Few
+from dgemma.network.runner import Seen
 from dgemma.settings import GenerationConfig
 
 # What a bias adds to the logit of a token that may not come. It is finite: an infinity would make NaN.
@@ -98,6 +100,31 @@ def accept(entropy: np.ndarray, bound: float) -> np.ndarray:
     return accepted
 
 
+def kept(settings: GenerationConfig, entropy: np.ndarray, best: np.ndarray | None) -> np.ndarray:
+    """Which positions of a canvas keep their sample, [L] bool, L > 0.
+
+    Those within the entropy bound; or, with a `threshold`, those whose most probable token has at least this
+    probability `best` [L], and the surest in any case.
+    """
+    if not settings.threshold or best is None:
+        return accept(entropy[None], settings.entropy_bound)[0]
+    sure = best >= settings.threshold
+    sure[np.argmax(best)] = True
+    return sure
+
+
+def few(settings: GenerationConfig) -> Few | None:
+    """Which tokens a sample may come from, None if from all."""
+    return Few(settings.top_k, settings.top_p) if settings.top_k or settings.top_p < 1 else None
+
+
+def majority(canvases: Sequence[np.ndarray]) -> np.ndarray:
+    """The token [L] that most of the canvases [L] have at each position; ties go to the latest."""
+    votes = np.stack(canvases[::-1])
+    counts = (votes[:, None] == votes).sum(1)
+    return np.take_along_axis(votes, counts.argmax(0)[None], 0)[0]
+
+
 @cache
 def no_stop_first(stop_ids: tuple[int, ...], vocab_size: int, length: int) -> RowBias | None:
     """The bias on a reply's first canvas that keeps its first token from ending it; None without stop ids."""
@@ -142,16 +169,27 @@ def refined(seen: Seen, noise: np.ndarray, bound: float) -> Step:
 
 
 class Stop:
-    """The stable-and-confident rule for one canvas; a draft `last` [L] counts as the step before the first."""
+    """The stable-and-confident rule for one canvas. `last` [L] is a draft: the step before the first.
+
+    With `early_stop` the canvas ends for it behind its first stop id: what lies there need not be stable, and
+    counts as sure. So this is never later than the reference's rule.
+    """
 
     def __init__(self, config: GenerationConfig, last: np.ndarray | None = None):
         self.config, self._last = config, last
         self._same = 0  # steps before the last that had its canvas
 
-    def __call__(self, argmax: np.ndarray, entropy: np.ndarray) -> bool:
-        """Whether the canvas is done, for this step's argmax canvas and entropies in nats, [L] each."""
-        held = self._last is not None and np.array_equal(argmax, self._last)
+    def __call__(self, argmax: np.ndarray, entropy: np.ndarray, free: np.ndarray) -> bool:
+        """Whether the canvas is done, for this step's argmax canvas and entropies in nats, [L] each.
+
+        Entropies count where `free` [L] bool holds.
+        """
+        end = len(argmax)
+        if self.config.early_stop:
+            end = int(np.argmax(np.append(np.isin(argmax, self.config.stop_ids), True))) + 1
+            entropy = np.where(np.arange(len(argmax)) < end, entropy, entropy.dtype.type(0))
+        held = self._last is not None and np.array_equal(argmax[:end], self._last[:end])
         self._same = self._same + 1 if held else 0
         self._last = argmax
         # A canvas with fewer steps behind it than `stability` is not stable yet.
-        return bool(self._same >= self.config.stability and entropy.mean() < self.config.confidence)
+        return bool(self._same >= self.config.stability and entropy[free].mean() < self.config.confidence)

@@ -12,12 +12,19 @@ slack.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dgemma.network.config import Config
 from dgemma.network.ops import KV, Ops, Past
 
 # A shared piece below so many tokens is copied when its holder grows: attention pays for every piece.
 LEAST = 1024
+
+
+class Pieces(list[KV]):
+    """The pieces of one layer. A backend may note what it makes of them: they stay as they are."""
+
+    note: Any = None
 
 
 class Context:
@@ -29,6 +36,7 @@ class Context:
         self.slack = config.canvas_length
         self._layers: list[list[KV]] = [[] for _ in config.layers]  # pieces
         self._shared = False  # whether another context may hold the last piece of full layers
+        self._read: list[Past] | None = None  # the result of `read`, until something is appended
 
     def append(self, new: Sequence[KV]) -> None:
         """Copy each layer's keys and values [G, n, C] behind the old ones.
@@ -36,6 +44,7 @@ class Context:
         Layers go one by one, so memory holds one layer's last piece twice.
         """
         assert len(new) == len(self._layers), (len(new), len(self._layers))
+        self._read = None
         n = new[0][0].shape[1]
         self.length += n
         for layer, pieces, kv in zip(self.config.layers, self._layers, new, strict=True):
@@ -72,10 +81,12 @@ class Context:
 
         window − 1, as the query itself takes one place of the window.
         """
-        return [
-            list(pieces) if layer.past is None else [last(kv, layer.past) for kv in pieces]
-            for layer, pieces in zip(self.config.layers, self._layers, strict=True)
-        ]
+        if self._read is None:
+            self._read = [
+                Pieces(pieces if layer.past is None else [last(kv, layer.past) for kv in pieces])
+                for layer, pieces in zip(self.config.layers, self._layers, strict=True)
+            ]
+        return self._read
 
     def fork(self) -> Context:
         """The same context again, which grows on its own; nothing is copied."""

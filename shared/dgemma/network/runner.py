@@ -9,7 +9,7 @@ everything that varies goes in as an array.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,16 @@ import numpy as np
 from dgemma.errors import PromptError
 from dgemma.files import Progress
 from dgemma.network import graph
+from dgemma.network.bias import Biases, RowBias
 from dgemma.network.config import Config
 from dgemma.network.context import Context, cut
 from dgemma.network.ops import KV, Array, Bias, Ops, Prediction
+from dgemma.network.ops.few import Few, draw_few
 from dgemma.network.ops.vocabulary import judged, logits
 from dgemma.network.weights import Weights
 
 # Canvas ids [B, L], positions [B·L], past, soft [B, L, D].
 Inputs = tuple[Array, Array, Any, Array]
-# Of one row: a class [V] for each token, and what tokens of each class get at each position, [L, C].
-RowBias = tuple[np.ndarray, np.ndarray]
 
 # Most prompt tokens of one prefill pass: its scores are [heads, chunk, context], so memory is bounded.
 PREFILL_CHUNK = 512
@@ -40,7 +40,8 @@ class Seen:
     """What the network says of a canvas. `soft` [B, L, D] stays on the device, the rest is on the host.
 
     `argmax` and `sample` are [B, L] int64, `entropy` [B, L] in nats, float32 (float64 on NumPy). `soft`
-    leaves out at most the probability `missing` [B, L]; None if all of it is dense.
+    leaves out at most the probability `missing` [B, L]; None if all of it is dense. `best` [B, L] is the
+    probability of the argmax; None if nobody said it.
     """
 
     argmax: np.ndarray
@@ -48,6 +49,7 @@ class Seen:
     entropy: np.ndarray
     soft: Array
     missing: np.ndarray | None = None
+    best: np.ndarray | None = None
 
 
 class Runner:
@@ -56,7 +58,7 @@ class Runner:
     def __init__(self, ops: Ops, config: Config, weights: Weights):
         self.ops, self.config, self.weights = ops, config, weights
         self._compiled: dict[str, Callable[..., Any]] = {}
-        self._classes: tuple[list[np.ndarray], Array] = [], None
+        self._biases = Biases(ops)
 
     # ---- contexts -------------------------------------------------------------------------------
 
@@ -191,29 +193,32 @@ class Runner:
         uniforms: np.ndarray,
         soft_bound: float = 0.0,
         bias: Sequence[RowBias | None] = (),
+        few: Sequence[Few | None] = (),
     ) -> Seen:
         """One look at canvas [B, L] token ids, each row behind its context, at its temperature [B] or at one.
 
         `uniforms` [B, L] in [0, 1) pick each position's sample. `soft` is the previous step's soft embedding
         [B, L, D], or one [L, D] a row; None, for all or for a row, on a canvas's first step. The new one may
-        leave out the probability `soft_bound`. A row's `bias` is added to its processed logits. There is one
-        host read; a `soft_bound` adds those of `Ops.vocabulary`.
+        leave out the probability `soft_bound`. A row's `bias` is added to its processed logits. Its samples
+        come from its `few` tokens, at the price of `draw_few`; all else is as without. There is one host
+        read; a `soft_bound` adds those of `Ops.vocabulary`.
         """
         ops, uniforms = self.ops, np.asarray(uniforms)
         inputs = self._inputs(contexts, canvas, soft)
         # One temperature for each position, so that backends need not know its row.
         heat = np.zeros(uniforms.shape) + np.reshape(temperature, (-1, 1))
         draw = ops.aswide(heat.reshape(-1)), ops.aswide(uniforms.reshape(-1))
-        added = self._bias(bias, np.shape(canvas)[1]) if any(row is not None for row in bias) else None
-        host, new = (self._sparse if soft_bound else self._dense)(inputs, draw, soft_bound, added)
-        argmax, sample, entropy, *missing = ops.to_numpy(host).reshape(-1, *np.shape(canvas))
+        added = self._biases.of(bias, np.shape(canvas)[1])
+        if soft_bound or any(few):
+            host, new = self._in_parts(inputs, draw, soft_bound, added, few)
+        else:
+            host, new = self._whole(inputs, draw, added)
+        argmax, sample, entropy, best, *missing = ops.to_numpy(host).reshape(-1, *np.shape(canvas))
         ids = argmax.astype(np.int64), sample.astype(np.int64)
-        return Seen(*ids, entropy, new, missing[0] if missing else None)
+        return Seen(*ids, entropy, new, missing[0] if missing else None, best)
 
-    def _dense(
-        self, inputs: Inputs, draw: tuple[Array, Array], _: float, bias: Bias | None
-    ) -> tuple[Array, Array]:
-        """The host's part of a step [3, B·L] and its soft embedding [B, L, D]; compiled as a whole."""
+    def _whole(self, inputs: Inputs, draw: tuple[Array, Array], bias: Bias | None) -> tuple[Array, Array]:
+        """The host's part of a step [4, B·L] and its soft embedding [B, L, D]; compiled as a whole."""
 
         def run(
             canvas: Array,
@@ -233,37 +238,34 @@ class Runner:
         added = bias.classes, bias.which, bias.values
         return self._variant(run, "refine biased")(*inputs, *draw, *added)
 
-    def _sparse(
-        self, inputs: Inputs, draw: tuple[Array, Array], bound: float, bias: Bias | None
+    def _in_parts(
+        self,
+        inputs: Inputs,
+        draw: tuple[Array, Array],
+        bound: float,
+        bias: Bias | None,
+        few: Sequence[Few | None],
     ) -> tuple[Array, Array]:
-        """Like `_dense`, with `missing` [4, B·L]. The vocabulary may read the host, so it is not compiled."""
+        """Like `_whole`, with `missing` [5, B·L] if there is a bound.
+
+        Only what comes before the vocabulary is compiled: that may read the host, and a recording would keep
+        the plane of `draw_few`.
+        """
 
         def run(*given: Any) -> tuple[Array]:
             return (self._denoise(*given),)
 
         (h,) = self._variant(run, "denoise")(*inputs)
-        said = self.ops.vocabulary(h, self.weights.embed, self.config.softcap, *draw, bound, bias)
+        head = self.weights.embed, self.config.softcap
+        said = self.ops.vocabulary(h, *head, *draw, bound, bias)
+        if any(few):
+            said = replace(said, sample=draw_few(self.ops, h, *head, *draw, few, said.sample, bias))
         return self._for_host(said), said.soft.reshape(*inputs[0].shape, -1)
 
-    def _bias(self, rows: Sequence[RowBias | None], length: int) -> Bias:
-        """The bias of all positions, from that of each row over `length` positions."""
-        tables = list({id(row[0]): row[0] for row in rows if row is not None}.values())
-        if [id(table) for table in tables] != [id(table) for table in self._classes[0]]:
-            self._classes = tables, self.ops.asarray(np.stack(tables).astype(np.int64))
-        index = {id(table): k for k, table in enumerate(tables)}
-        width = max(row[1].shape[1] for row in rows if row is not None)
-        which = np.repeat([0 if row is None else index[id(row[0])] for row in rows], length)
-        values = np.zeros((len(rows), length, width), np.float32)
-        for own, row in zip(values, rows, strict=True):
-            if row is not None:
-                own[:, : row[1].shape[1]] = row[1]
-        ops = self.ops
-        return Bias(self._classes[1], ops.asarray(which), ops.aswide(values.reshape(-1, width)))
-
     def _for_host(self, said: Prediction) -> Array:
-        """All that the host needs in one wide array [3 or 4, B·L]. Ids below 2^24 are exact in float32."""
+        """All that the host needs in one wide array [4 or 5, B·L]. Ids below 2^24 are exact in float32."""
         wide = self.ops.to_wide
-        parts = [wide(said.argmax), wide(said.sample), said.entropy]
+        parts = [wide(said.argmax), wide(said.sample), said.entropy, said.best]
         parts += [] if said.missing is None else [said.missing]
         return self.ops.concat([part[None] for part in parts], 0)
 

@@ -276,7 +276,7 @@ def memory_needed(checkpoint: Checkpoint, ops: Ops) -> int:
     config, form = checkpoint.config, memory.format_of(ops.dtype_name)
     stored = {name: source.form for name, source in checkpoint.sources.items()}
     decoded = sum(p.size for p in text_parameters(config) if p.group == "embed" and stored[p.name])
-    planes = 4 * memory.vocabulary_bytes(config, form)
+    planes = 4 * memory.vocabulary_plane(config, form)
     return memory.weight_bytes(config, form, stored) + decoded * form.wide + planes
 
 

@@ -1,19 +1,24 @@
 """A checkpoint's size, and the memory that running it takes, from its geometry.
 
-Everything is arithmetic over config.json and the parameter table, so it works before a download. The numbers
-leave out a framework's own memory (activations, compiled kernels), which is small beside them at full size.
+Everything is arithmetic over config.json and the parameter table, so it works before a download. What an
+interpreter with its framework takes is measured, when a run is asked for.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dgemma.checkpoint.checkpoint import Checkpoint
 from dgemma.checkpoint.folder import has_weights
 from dgemma.checkpoint.hub import resolve
-from dgemma.errors import DgemmaError, visible
+from dgemma.errors import ConfigError, DgemmaError, visible
 from dgemma.files import load_json
 from dgemma.formats.quantized import Form
 from dgemma.network.config import FULL, SLIDING, Config, read_config
@@ -22,11 +27,12 @@ from dgemma.network.memory import (
     NOTHING_QUANTIZED,
     Format,
     kv_bytes,
-    kv_slot_bytes,
-    vocabulary_bytes,
+    predict,
+    vocabulary_plane,
     weight_bytes,
 )
 from dgemma.network.ops import Notices
+from dgemma.network.passes import BACKENDS, slot_bytes
 from dgemma.network.spec import GROUPS, Param, parameters, text_parameters
 from dgemma.reports.tables import amount, columns, count
 
@@ -58,17 +64,17 @@ def memory(
     contexts = [tokens for tokens in CONTEXTS if tokens <= config.max_positions]
     if config.max_positions < CONTEXTS[-1] and config.max_positions not in contexts:
         contexts.append(config.max_positions)
-    weights, plane = weight_bytes(config, form, stored), vocabulary_bytes(config, form)
-    kv = {tokens: kv_bytes(config, form, tokens) for tokens in contexts}
+    weights, plane = weight_bytes(config, form, stored), vocabulary_plane(config, form)
+    kv = {tokens: kv_bytes(config, form.compute, tokens) for tokens in contexts}
     return {
         "backends": form.backends,
         "dtype": form.dtype,
         "weights": weights,
         "vocabulary_plane": plane,
         "kv_per_1k_tokens_full": 1024
-        * sum(kv_slot_bytes(layer, form) for layer in config.layers if not layer.window),
+        * sum(slot_bytes(layer, form.compute) for layer in config.layers if not layer.window),
         "kv_sliding_at_most": sum(
-            kv_slot_bytes(layer, form) * (layer.past + config.canvas_length)
+            slot_bytes(layer, form.compute) * (layer.past + config.canvas_length)
             for layer in config.layers
             if layer.past is not None
         ),
@@ -77,19 +83,68 @@ def memory(
     }
 
 
+# ---- a run --------------------------------------------------------------------------------------
+
+# A process that has read the small files and run one product, but has no weights: its peak in bytes.
+_BARE = """
+import sys
+from pathlib import Path
+import numpy as np
+from dgemma.backends import make_ops
+from dgemma.errors import DgemmaError
+from dgemma.loading import open_small
+ops = make_ops(sys.argv[1], device=sys.argv[2] or None)
+try:
+    small = open_small(Path(sys.argv[3]))
+except DgemmaError:
+    pass
+x = ops.asarray(np.ones((512, 512), np.float32))
+ops.to_numpy(ops.linear(x, x))
+print(ops.peak_memory())
+"""
+
+
+@cache
+def bare_process(backend: str, folder: Path) -> int | None:
+    """Bytes that a process on a backend takes on a CPU without weights; None if it is not installed."""
+    device = "cpu" if backend == "cuda" else ""
+    command = [sys.executable, "-c", _BARE, backend, device, str(folder)]
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    return int(done.stdout) or None if done.returncode == 0 else None
+
+
+def runs(
+    config: Config, folder: Path, rows: int, context: int, stored: Mapping[str, Form | None]
+) -> list[dict[str, Any]]:
+    """The peak of a run of so many rows and tokens of context each, by backend, device and type, in bytes."""
+    found = []
+    for backend in BACKENDS:
+        process = bare_process(backend.name, folder) if backend.whole_process else 0
+        memory = predict(config, backend, rows, context, stored, process)
+        where = {"backend": backend.name, "device": backend.place, "dtype": backend.dtype}
+        found.append(where | asdict(memory) | {"total": memory.total})
+    return found
+
+
 # ---- a checkpoint's report ----------------------------------------------------------------------
 
 
-def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any]:
+def describe(
+    model: str | Path, notices: Notices | None = None, run: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """All that `dgemma info` knows of a folder or hub id, ready for JSON.
 
     config.json alone is enough, and nothing else of a hub id is downloaded. `stored_bytes` is null if no
     weights are at hand, or if they do not open, as "weights_fault" then says; memory is that of an
-    unquantized checkpoint in both cases.
+    unquantized checkpoint in both cases. `run` are rows and tokens of context of a run to predict;
+    ConfigError if the model has fewer positions.
     """
     folder = resolve(model, files=["config.json"], notices=notices)
     path = folder / "config.json"
     config = read_config(load_json(path), str(path))
+    if run and run[1] > config.max_positions:
+        raise ConfigError(f"--context {run[1]} exceeds the {config.max_positions} positions in {path}")
     counts, active = parameter_counts(config), active_parameters(config)
     checkpoint, fault = _weights(folder)
     forms = {name: source.form for name, source in checkpoint.sources.items()} if checkpoint else {}
@@ -106,6 +161,9 @@ def describe(model: str | Path, notices: Notices | None = None) -> dict[str, Any
         "stored_bytes": stored_bytes(checkpoint) if checkpoint else None,
         "weights_fault": fault,
         "memory": [memory(config, form, forms) for form in FORMATS],
+        "run": {"rows": run[0], "context": run[1], "peaks": runs(config, folder, *run, forms)}
+        if run
+        else None,
     }
 
 
@@ -154,6 +212,8 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The report of `describe` as text."""
     parts = [_geometry_text(report), _parameters_text(report), _memory_text(report["memory"])]
+    if report["run"]:
+        parts.append(_run_text(report["run"]))
     if fault := report["weights_fault"]:
         parts.append(["The weights do not open, so the numbers are those of unquantized ones:", f"  {fault}"])
     return "\n\n".join("\n".join(part) for part in parts)
@@ -211,7 +271,22 @@ def _memory_text(memories: list[dict[str, Any]]) -> list[str]:
         rows.append([f"  KV at {_context(tokens)}", *(amount(m["kv"][tokens]) for m in memories)])
     for tokens in memories[0]["total"]:
         rows.append([f"  all at {_context(tokens)}", *(amount(m["total"][tokens]) for m in memories)])
-    return [*columns(rows), "Activations and the framework's own memory come on top."]
+    return [*columns(rows), "Temporaries and the framework's own memory come on top: see --context."]
+
+
+def _run_text(run: dict[str, Any]) -> list[str]:
+    parts = ("weights", "contexts", "canvases", "temporaries", "process", "total")
+    rows = [[f"peak of {run['rows']} × {run['context']:,} tokens", *parts, "widest"]]
+    for peak in run["peaks"]:
+        sizes = ("?" if peak[part] is None else amount(peak[part]) for part in parts)
+        name = f"{peak['backend']}, {peak['device']}, {peak['dtype']}"
+        rows.append([f"  {name}", *sizes, peak["widest"]])
+    notes = [
+        "A GPU's driver takes memory of its own; what the process takes counts where it shares the memory."
+    ]
+    if any(peak["process"] is None for peak in run["peaks"]):
+        notes.append("? is the process of a framework that is not installed here; the total is without it.")
+    return [*columns(rows), *notes]
 
 
 def _context(tokens: int) -> str:

@@ -11,6 +11,7 @@ Each file has one kind and builds on the one before:
     decoding    weights on the device, and products with them
     layers      norms, attention, experts
     vocabulary  embeddings, logits, samples, soft embeddings
+    few         samples from a few tokens
 """
 
 from dgemma.network.ops.arrays import KV, Array, Past

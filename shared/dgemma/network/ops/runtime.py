@@ -20,6 +20,10 @@ def process_peak() -> int:
         return 0
     import resource
 
+    # Linux lets a process begin with the most of whoever started it; only this is its own.
+    own = machine.peak_memory()
+    if own is not None:
+        return own
     # macOS counts bytes, Linux kibibytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -47,6 +51,7 @@ class Notices:
 class Runtime(Arrays):
     """Memory, compiling and evaluation. The bodies fit arrays in host memory."""
 
+    on_gpu = False  # whether arrays are in the memory of a GPU
     activations: str | None = None  # the format that activations of experts are quantized to, if any
     # Tokens of a piece of a context at most (`Context`).
     piece_slots = 1 << 30

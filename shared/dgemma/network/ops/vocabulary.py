@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from dgemma.formats.quantized import Quantized
 from dgemma.network.ops.arrays import Array
 from dgemma.network.ops.decoding import dense
@@ -24,6 +26,7 @@ class Prediction:
     sample: Array  # [N] int, drawn with the given uniforms
     entropy: Array  # [N] wide, nats
     soft: Array  # [N, D] compute: probabilities @ embedding, before the √D factor
+    best: Array  # [N] wide, the probability of the argmax
     # [N] wide: `soft` leaves out at most this probability, 0 in dense rows. None if no bound was given.
     missing: Array | None = None
 
@@ -32,14 +35,14 @@ class Prediction:
 class Bias:
     """What is added to processed logits: token v at position n gets `values[n, classes[which[n], v]]`.
 
-    Values are wide and finite: −1e30 forbids a token, where an infinity would make NaN.
+    Values are wide, and −1e30 at the least, which forbids a token: an infinity would make NaN.
     """
 
-    classes: Array  # [K, V] int
+    classes: Array  # [K, V] as `Vocabulary.asclasses` has them
     which: Array  # [N] int
     values: Array  # [N, C] wide
 
-    def rows(self, at: slice) -> Bias:
+    def rows(self, at: slice | Array) -> Bias:
         """That of some positions."""
         return Bias(self.classes, self.which[at], self.values[at])
 
@@ -53,6 +56,10 @@ class Vocabulary(Layers):
     vocab_rows = 256
     # Tokens that a sparse soft embedding keeps.
     soft_tokens = 128
+
+    def asclasses(self, x: np.ndarray) -> Array:
+        """Classes [K, V] of a `Bias`, below 2^15, from host to device, in two bytes each."""
+        return x.astype(np.int16)
 
     def soft_embedding(self, p: Array, table: Array) -> Array:
         """p @ table -> [..., D] compute, for p [..., v] wide and table [v, D], which may be a record.
@@ -100,7 +107,7 @@ class Vocabulary(Layers):
             parts.append(self.vocabulary_rows(x, table, softcap, heat[rows], uniforms[rows], soft_bound, own))
         if len(parts) == 1:
             return parts[0]
-        names = ("argmax", "sample", "entropy", "soft", *(["missing"] if soft_bound else []))
+        names = ("argmax", "sample", "entropy", "soft", "best", *(["missing"] if soft_bound else []))
         return Prediction(*(self.concat([getattr(part, name) for part in parts], 0) for name in names))
 
     def vocabulary_rows(
@@ -117,13 +124,8 @@ class Vocabulary(Layers):
 
         Backends override this method, not `vocabulary`.
         """
-        edges = range(0, table.shape[0], self.vocab_tile)
-        tiles: list[Array] = []
-        for a in edges:
-            x = self.after(h, tiles[-1]) if tiles else h
-            z = logits(self, x, table[a : a + self.vocab_tile], softcap) / temperature[:, None]
-            tiles.append(z if bias is None else z + _added(self, bias, a, z.shape[-1]))
-        top, argmax = _peak(self, tiles, edges)
+        edges, tiles = plane(self, h, table, softcap, temperature, bias)
+        top, argmax = peak(self, tiles, edges)
         mass = weighted = below = top * 0.0
         for z in tiles:
             z = self.after(z, mass, weighted)
@@ -145,7 +147,7 @@ class Vocabulary(Layers):
         # Rounding can leave the last cumulative sum below the uniform, so that no token exceeds it.
         sample = self.where(sample < table.shape[0], sample, argmax)
         entropy = self.log(mass) - weighted / mass
-        return Prediction(argmax, sample, entropy[:, 0], self.to_compute(soft), missing)
+        return Prediction(argmax, sample, entropy[:, 0], self.to_compute(soft), 1 / mass[:, 0], missing)
 
 
 def embed(ops: Vocabulary, table: Array, ids: Array) -> Array:
@@ -158,6 +160,19 @@ def logits(ops: Vocabulary, h: Array, table: Array, softcap: float | None) -> Ar
     """softcap · tanh(h @ tableᵀ / softcap) -> [..., v] wide; h [..., D], table [v, D]. None caps nothing."""
     z = ops.to_wide(ops.linear(h, table))
     return z if softcap is None else soft_cap(ops, z, softcap)
+
+
+def plane(
+    ops: Vocabulary, h: Array, table: Array, softcap: float | None, temperature: Array, bias: Bias | None
+) -> tuple[range, list[Array]]:
+    """All z of h [N, D] in tiles [N, v], and the token that each tile begins with."""
+    edges = range(0, table.shape[0], ops.vocab_tile)
+    tiles: list[Array] = []
+    for a in edges:
+        x = ops.after(h, tiles[-1]) if tiles else h
+        z = logits(ops, x, table[a : a + ops.vocab_tile], softcap) / temperature[:, None]
+        tiles.append(z if bias is None else z + _added(ops, bias, a, z.shape[-1]))
+    return edges, tiles
 
 
 def judged(ops: Vocabulary, h: Array, table: Array, softcap: float | None, ids: Array) -> tuple[Array, Array]:
@@ -200,7 +215,7 @@ def _judged(
 
 def _added(ops: Vocabulary, bias: Bias, start: int, count: int) -> Array:
     """What a bias adds to the logits [N, v] of so many tokens."""
-    classes = ops.take(bias.classes[:, start : start + count], bias.which)
+    classes = ops.take(ops.integer(bias.classes[:, start : start + count]), bias.which)
     return ops.take_along(bias.values, classes, -1)
 
 
@@ -226,7 +241,7 @@ def _few(ops: Vocabulary, tiles: list[Array], top: Array, mass: Array, bound: fl
     return ops.where(sparse, floor, -1e30), ops.where(sparse, missing, 0.0)[:, 0]
 
 
-def _peak(ops: Vocabulary, tiles: list[Array], edges: range) -> tuple[Array, Array]:
+def peak(ops: Vocabulary, tiles: list[Array], edges: range) -> tuple[Array, Array]:
     """Maximum [N, 1] and its first place [N] over all tiles [N, v], which begin at `edges`."""
     top, argmax = ops.max(tiles[0], -1, keepdims=True), ops.argmax(tiles[0], -1)
     for z, a in zip(tiles[1:], edges[1:], strict=True):
