@@ -92,7 +92,7 @@ def test_a_whole_draft_that_the_first_step_confirms_is_done(model: Model) -> Non
     whole = end + [1] * (model.config.canvas_length - len(end))
     for draft, steps in ((whole, 1), (end, 2), ([FREE, *whole[1:]], 2)):
         with Engine(model, None) as engine:
-            events = list(engine.submit(Request(prompt, model.generation, 0, draft=draft)))
+            events = list(engine.submit(Request(prompt, sure, 0, draft=draft)))
         assert sum(isinstance(event, Draft) for event in events) == steps, draft
 
 

@@ -141,10 +141,13 @@ def edit(
 ) -> Edited:
     """The text as the prompt asks for it, or as it was.
 
-    Outside of `regions`, if there are any, nothing changes. A hole may get `most` tokens more than it had. PromptError for regions that are none, and for a text that
-    is too long for the model.
+    Outside of `regions`, if there are any, nothing changes. A hole may get `most` tokens more than it had, and
+    a quarter of a canvas at most.
+    PromptError for regions that are none, and for a text that is too long for the model.
     """
     began = time.perf_counter()
+    quarter = filler.config.canvas_length // SHARE
+    most = quarter if most is None else min(most, quarter)
     regions = in_order(text, regions) if regions else []
     seen = survey(filler, text, prompt)
     surveys, done, steps = [seen], [], 0

@@ -189,10 +189,17 @@ class Filler:
             fits = [lengths for lengths in candidates if laid[lengths].scored <= L]
             row = (row_id(window.context) + self.attempt) % 2**64
             requests = [
-                Request(window.context, self._settings(laid[lengths]), self.seed, row, pins=laid[lengths].pins,
-                        draft=laid[lengths].draft, constraint=kinds.constraint(laid[lengths], L))
-                for lengths in fits
-            ]  # fmt: skip
+                Request(
+                    window.context,
+                    self._settings(one),
+                    self.seed,
+                    row,
+                    pins=one.pins,
+                    draft=one.draft,
+                    constraint=kinds.constraint(one, L),
+                )
+                for one in map(laid.__getitem__, fits)
+            ]
             if not fits:
                 return [-np.inf] * len(candidates)
             for request in requests:

@@ -160,7 +160,8 @@ def plan(
     taken, used = 1, _size(gaps[0], most)
     if used >= L:
         raise PromptError(
-            f"a hole of {used - gaps[0].edges} tokens and its {gaps[0].edges} edges do not fit on a canvas of {L}"
+            f"a hole of {used - gaps[0].edges} tokens and the {gaps[0].edges} beside it do not fit on a canvas "
+            f"of {L}"
         )
     while taken < len(gaps):
         wider = used + len(pieces[taken]) + _size(gaps[taken], most)
