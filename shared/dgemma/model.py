@@ -168,8 +168,8 @@ class Model(Runner):
         """A text changed as an instruction asks, where the model is not sure of it; the rest is pinned.
 
         If there are `regions`, nothing outside of them changes. A hole may grow by `max_new_tokens`, by
-        default and at most a quarter of a canvas. The other arguments are those of `infill`; `prompt` stands in the place
-        of the instruction. PromptError and ConfigError in one line for what cannot be edited.
+        default and at most a quarter of a canvas. The other arguments are those of `infill`; `prompt` stands
+        in the place of the instruction. PromptError and ConfigError in one line for what cannot be edited.
         """
         if (instruction is None) == (prompt is None):
             raise PromptError("an edit takes an instruction or a prompt, and not both")

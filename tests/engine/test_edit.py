@@ -54,7 +54,7 @@ def test_a_survey_sees_what_does_not_belong(model: Model) -> None:
     text = " ".join([*numbers[:30], "cat", *numbers[31:]])
     with model._filler(0, None, {}) as filler:
         seen = survey(filler, text, prompt_of(model, "Count from 3 to 44."))
-        assert seen.canvases > 2 and len(seen.logs) == len(seen.places) == len(seen.best)
+        assert seen.canvases > 2 and len(seen.logs) == len(seen.places) <= len(seen.best)
         (hole,) = doubted(filler, seen)
         assert text[hole.start : hole.stop].strip().startswith("cat")
         assert doubted(filler, seen, regions=[Hole(0, hole.start)]) == []

@@ -186,7 +186,7 @@ def test_what_stands_outside_holes_stays(random: Model, text: str, ends: set[int
     [
         ("abc", {}, "no hole"),
         ("a<<0>>b", {}, "nothing to fill"),
-        ("a<<32>>b", {}, "not fit on a canvas of 32"),
+        ("a<<32>>b", {}, "does not fit on a canvas of 32"),
         ("<<>><<>>", {}, "overlap or touch"),
         ("a<<>>" + "the cat " * 3000, {}, "positions, the model has 4096"),
         ("the cat " * 3000 + "<<>>", {}, "positions, the model has 4096"),

@@ -14,14 +14,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from dgemma.engine.fill import Filler, Window
+from dgemma.engine.fill import Filler
 from dgemma.engine.infill import SHARE, Infilled, infill
 from dgemma.engine.request import FREE
 from dgemma.engine.sampler import Noise, row_id
+from dgemma.engine.window import Window
 from dgemma.text.holes import MARK_OF_ORDER, Hole, in_order
 
 # A token with a lower probability is not sure.
@@ -60,8 +62,8 @@ class Edited:
 
 @dataclass(frozen=True)
 class Survey:
-    """How likely a text's tokens are, in nats, as they stand and while they are `hidden`; what would be
-    likeliest, and each one's characters, from and to. The stop token is the last."""
+    """How likely a text's tokens are, in nats, as they stand and while they are `hidden`, and each one's
+    characters, from and to. The stop token is the last. `best` are the likeliest tokens there and behind."""
 
     logs: np.ndarray
     hidden: np.ndarray
@@ -98,7 +100,7 @@ def survey(filler: Filler, text: str, prompt: list[int]) -> Survey:
         own, likeliest = filler.judge(window, [canvas, *rows], [canvas] * (1 + HIDDEN))
         logs += own[0, :count].tolist()
         hidden += own[1 + share[:count], np.arange(count)].tolist()
-        best += likeliest[0, :count].tolist()
+        best += likeliest[0, : L if begin + count == len(tokens) else count].tolist()
         canvases += 1
     return Survey(np.array(logs), np.array(hidden), best, places, canvases)
 
@@ -132,8 +134,10 @@ def _hole(filler: Filler, seen: Survey, start: int, stop: int) -> Hole:
     """A hole in the place of tokens `start` to `stop`, with what is likeliest there as its draft."""
     end, written = seen.places[-1][1], filler.seams.written
     inside = [at for at in range(start, stop) if seen.places[at][0] < end]  # the stop token has no text
-    draft = tuple(seen.best[at] if written[seen.best[at]] else FREE for at in inside)
-    return Hole(seen.places[start][0], seen.places[stop - 1][1], None, draft)
+    draft = [seen.best[at] if written[seen.best[at]] else FREE for at in inside]
+    if len(inside) < stop - start:  # it is not sure that the text ends here: how it would go on
+        draft += takewhile(lambda id: written[id], seen.best[stop - 1 :])
+    return Hole(seen.places[start][0], seen.places[stop - 1][1], None, tuple(draft))
 
 
 def edit(
@@ -141,7 +145,7 @@ def edit(
 ) -> Edited:
     """The text as the prompt asks for it, or as it was.
 
-    Outside of `regions`, if there are any, nothing changes. A hole may get `most` tokens more than it had, and
+    Outside of `regions`, if there are any, nothing changes. A hole may get `most` tokens more than it had,
     a quarter of a canvas at most.
     PromptError for regions that are none, and for a text that is too long for the model.
     """

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dgemma.engine.candidates import DOUBT
-from dgemma.engine.fill import Cost, Filled, Filler, Window, check_room
+from dgemma.engine.fill import Cost, Filled, Filler, check_room
+from dgemma.engine.window import Window
 from dgemma.errors import PromptError
 from dgemma.network.config import Config
 from dgemma.text.holes import Gap, Hole, in_order
@@ -159,9 +160,9 @@ def plan(
         )
     taken, used = 1, _size(gaps[0], most)
     if used >= L:
+        edges = gaps[0].edges
         raise PromptError(
-            f"a hole of {used - gaps[0].edges} tokens and the {gaps[0].edges} beside it do not fit on a canvas "
-            f"of {L}"
+            f"a hole of {used - edges} tokens, and {edges} beside it, does not fit on a canvas of {L}"
         )
     while taken < len(gaps):
         wider = used + len(pieces[taken]) + _size(gaps[taken], most)
