@@ -90,7 +90,7 @@ def test_the_prompt_outlives_the_canvases_of_its_reply(model: Model, monkeypatch
     prompt = (200 + np.arange(10 * L) % 97).tolist()
     first = Request(prompt, model.generation.override(max_new_tokens=8 * L), 1)
     engine = Engine(model, model.tokenizer, max_rows=1)
-    engine.prefixes.limit = 2 * engine.needs(first)
+    engine.prefixes.limit = 3 * sum(model.encode([prompt])[0].arrays().values())
     with engine:
         assert engine.submit(first).result().stats.canvases == 8
         assert len(engine.prefixes) < 8
