@@ -91,6 +91,33 @@ def test_python_examples_run(code: str) -> None:
         assert done.stdout.split() == ["savnac", "132", "aeilmnrt", "cancelled"]
 
 
+CONSOLE = re.findall(r"```console\n(.*?)```", COMMANDS.read_text(encoding="utf-8"), re.DOTALL)
+SHELL = [
+    (line.partition("\n")[0], line.partition("\n")[2])
+    for line in re.split(r"^\$ ", "".join(CONSOLE), flags=re.MULTILINE)[1:]
+]
+
+
+@pytest.mark.parametrize("command, answer", SHELL, ids=[command[:40] for command, _ in SHELL])
+def test_console_examples_print_what_they_say(command: str, answer: str, tmp_path: Path) -> None:
+    (tmp_path / "dgemma").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dgemma "$@"\n')
+    (tmp_path / "dgemma").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == answer
+
+
+def test_shells_complete() -> None:
+    environment = os.environ | {
+        "_DGEMMA_COMPLETE": "bash_complete",
+        "COMP_WORDS": "dgemma in",
+        "COMP_CWORD": "1",
+    }
+    code = "import sys; sys.argv[0] = 'dgemma'; from dgemma.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert {"plain,info", "plain,infill"} <= set(done.stdout.split())
+
+
 def is_module(module: str) -> bool:
     """Whether `python -m MODULE` finds something, in this repository or, of one word, installed."""
     path = module.replace(".", "/")
