@@ -9,13 +9,12 @@ import click
 
 from dgemma.commands.documents import BACKUP, Lines, about, read_document, spans, title, write_document
 from dgemma.commands.errors import HELP, OneLine
-from dgemma.commands.opened import check_temperatures, open_model
+from dgemma.commands.opened import check_temperatures, checked_sampler, open_model
 from dgemma.commands.options import Text, document_options, model_options
 from dgemma.commands.progress import progress_bar, stderr_console
 from dgemma.commands.streams import answer_exactly, answer_json, check_stdout, note
 from dgemma.engine.infill import check_text
 from dgemma.loading import Small
-from dgemma.settings import number
 from dgemma.text.holes import in_order
 from dgemma.text.tokenizer import needed
 from dgemma.text.wording import to_edit
@@ -65,9 +64,7 @@ def edit(
         regions = in_order(text, regions) if regions else []
 
     def check(small: Small) -> None:
-        small.generation.override(**settings)
-        if seed is not None:
-            number("seed", seed)
+        checked_sampler(small, settings, seed)
         with about(file):
             check_text(small.config, needed(small.tokenizer), text, to_edit(instruction, text))
 

@@ -7,7 +7,7 @@ from typing import IO, Any
 import click
 
 from dgemma.commands.errors import HELP, OneLine
-from dgemma.commands.opened import check_stops, check_temperatures, open_model
+from dgemma.commands.opened import check_stops, check_temperatures, checked_sampler, open_model
 from dgemma.commands.options import (
     model_options,
     output_options,
@@ -21,7 +21,6 @@ from dgemma.commands.requests import read_request
 from dgemma.commands.streams import answer, answer_json, check_stdout, note
 from dgemma.engine.request import check_positions
 from dgemma.loading import Small
-from dgemma.settings import number
 from dgemma.text.tokenizer import Tokenizer, needed
 
 
@@ -90,10 +89,8 @@ def generate(
         ]
 
     def check(small: Small) -> None:
-        sampler = small.generation.override(**settings)
+        sampler = checked_sampler(small, settings, seed)
         check_positions(encoded(needed(small.tokenizer)), sampler, small.config.max_positions)
-        if seed is not None:
-            number("seed", seed)
 
     console = stderr_console()
     loaded = open_model(

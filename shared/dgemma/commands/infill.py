@@ -9,14 +9,14 @@ import click
 
 from dgemma.commands.documents import Lines, Place, about, read_document, spans
 from dgemma.commands.errors import HELP, OneLine
-from dgemma.commands.opened import check_temperatures, open_model
+from dgemma.commands.opened import check_temperatures, checked_sampler, open_model
 from dgemma.commands.options import Text, Whole, document_options, model_options
 from dgemma.commands.progress import progress_bar, stderr_console
 from dgemma.commands.streams import answer_exactly, answer_json, check_stdout
 from dgemma.engine.infill import check_holes
 from dgemma.errors import PromptError
 from dgemma.loading import Small
-from dgemma.settings import RANGES, number
+from dgemma.settings import RANGES
 from dgemma.text.holes import Hole, emptied, in_order, marked
 from dgemma.text.tokenizer import needed
 from dgemma.text.wording import to_infill
@@ -83,9 +83,7 @@ def infill(
         holes = in_order(text, _with_lengths(holes, lengths))
 
     def check(small: Small) -> None:
-        small.generation.override(**settings)
-        if seed is not None:
-            number("seed", seed)
+        checked_sampler(small, settings, seed)
         with about(file):
             check_holes(small.config, needed(small.tokenizer), text, holes, to_infill(instruction, ""))
 

@@ -15,6 +15,7 @@ from dgemma.commands.streams import note
 from dgemma.errors import ConfigError, PromptError
 from dgemma.loading import Small, load
 from dgemma.model import Model
+from dgemma.settings import GenerationConfig, number
 
 
 def check_temperatures(settings: Mapping[str, Any]) -> None:
@@ -38,6 +39,14 @@ def named_as_typed() -> Iterator[None]:
         yield
     except (ConfigError, PromptError) as error:
         raise type(error)(as_typed(str(error))) from None
+
+
+def checked_sampler(small: Small, settings: Mapping[str, Any], seed: int | None) -> GenerationConfig:
+    """The checkpoint's sampler with the options' settings; ConfigError for those, or a seed, out of range."""
+    sampler = small.generation.override(**settings)
+    if seed is not None:
+        number("seed", seed)
+    return sampler
 
 
 def open_model(console: Console, model: str | None, check: Callable[[Small], None], **options: Any) -> Model:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -125,7 +125,7 @@ def majority(canvases: Sequence[np.ndarray]) -> np.ndarray:
     return np.take_along_axis(votes, counts.argmax(0)[None], 0)[0]
 
 
-@cache
+@lru_cache(maxsize=16)  # a table of the released vocabulary is 2 MB
 def no_stop_first(stop_ids: tuple[int, ...], vocab_size: int, length: int) -> RowBias | None:
     """The bias on a reply's first canvas that keeps its first token from ending it; None without stop ids."""
     classes = np.isin(np.arange(vocab_size), stop_ids).astype(np.int64)
